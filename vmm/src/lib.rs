@@ -1,0 +1,38 @@
+//! Lathe's virtual machine monitor: one process, one microVM.
+//!
+//! It knows nothing of agents, jobs or clusters. A machine is described by [`config::VmConfig`],
+//! built, run until it ends, and the reason it ended is the process's exit status ([`exit`]).
+//!
+//! Without the default feature `monitor` only the description ([`config`]) and the exit codes
+//! remain: that is what the agent and the command line use.
+
+pub mod check;
+pub mod client;
+pub mod config;
+pub mod exit;
+pub mod probe;
+
+#[cfg(feature = "monitor")]
+pub mod api;
+#[cfg(feature = "monitor")]
+pub mod arch;
+#[cfg(feature = "monitor")]
+pub mod boot;
+#[cfg(feature = "monitor")]
+pub mod bus;
+#[cfg(feature = "monitor")]
+pub mod devices;
+#[cfg(feature = "monitor")]
+pub mod hypervisor;
+#[cfg(feature = "monitor")]
+pub mod kvm;
+#[cfg(feature = "monitor")]
+pub mod machine;
+#[cfg(feature = "monitor")]
+pub mod memory;
+#[cfg(feature = "monitor")]
+pub mod pci;
+#[cfg(feature = "monitor")]
+pub mod run;
+#[cfg(feature = "monitor")]
+pub mod virtio;

@@ -1,0 +1,218 @@
+//! Building: memory, VM, kernel, tables, devices, CPUs, in this order.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::devices::VirtioDevices;
+use super::running::{Controls, Parts};
+use super::{Ending, Prepared, RunningMachine};
+use crate::arch::native::registers::{self, Entry};
+use crate::arch::native::topology::Topology;
+use crate::arch::native::{acpi, cpuid::CpuIdTemplate, layout, linux, pvh};
+use crate::boot::{self, LoadError, LoadedKernel};
+use crate::bus::{Bus, BusDevice, BusError, SharedDevice, lock};
+use crate::config::{ConsoleConfig, VmConfig};
+use crate::devices::{KeyboardController, PanicNotifier, PowerRegisters, Serial};
+use crate::exit::ExitReason;
+use crate::hypervisor::Hypervisor;
+use crate::kvm::{Buses, KvmError, KvmHypervisor, Vcpu, VcpuControl, Vm};
+use crate::memory::{self, MemoryError};
+use crate::pci::root::{PciError, Windows};
+use crate::virtio::transport::TransportError;
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+
+/// A machine that could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The kernel, the initramfs or the command line.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Tables in guest memory.
+    #[error("guest memory: {0}")]
+    Tables(#[from] GuestMemoryError),
+    /// The boot protocol's structures.
+    #[error("boot protocol: {0}")]
+    Protocol(#[from] linux_loader::configurator::Error),
+    /// Two devices at one address.
+    #[error("bus: {0}")]
+    Bus(#[from] BusError),
+    /// The PCI bus.
+    #[error("PCI: {0}")]
+    Pci(#[from] PciError),
+    /// A virtio device.
+    #[error("virtio: {0}")]
+    Transport(#[from] TransportError),
+    /// The host has no descriptor or thread left.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+impl MachineError {
+    /// For `map_err`: names what was tried.
+    pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+
+    /// The process's exit status for it.
+    pub fn reason(&self) -> ExitReason {
+        match self {
+            Self::Memory(_) | Self::Load(_) | Self::Kvm(KvmError::TooManyCpus { .. }) => {
+                ExitReason::BadConfig
+            }
+            Self::Kvm(KvmError::Unavailable(_) | KvmError::Version(_) | KvmError::Missing(_)) => {
+                ExitReason::Unsupported
+            }
+            _ => ExitReason::Internal,
+        }
+    }
+}
+
+/// A serial port and, when somebody can type, the event that says there is room for more.
+pub(super) struct SerialPort {
+    pub(super) device: Arc<Mutex<Serial>>,
+    pub(super) drained: Option<EventFd>,
+}
+
+/// A machine whose guest has not run yet.
+pub struct Machine {
+    config: VmConfig,
+    ending: Arc<Ending>,
+    buses: Buses,
+    vcpus: Vec<Vcpu>,
+    power_button: EventFd,
+    serial: SerialPort,
+    devices: VirtioDevices,
+}
+
+impl Machine {
+    /// Builds what `prepared` describes.
+    ///
+    /// # Errors
+    /// When the host refuses; nothing is left behind.
+    pub fn build(prepared: Prepared, ending: Arc<Ending>) -> Result<Self, MachineError> {
+        let Prepared { config, mut kernel, mut initramfs, serial, devices } = prepared;
+        let memory = memory::allocate(&config.memory)?;
+        let vm = Vm::create(&memory, config.cpus.count)?;
+        let ram = config.memory.size.bytes();
+        let initramfs = initramfs.as_mut().map(|(path, file)| (path.as_path(), file));
+        let loaded = boot::load(&memory, ram, &mut kernel, initramfs, &config.boot.cmdline)?;
+
+        let topology = Topology::of(&config.cpus);
+        let cpuid = CpuIdTemplate::of_host(&vm.kvm, topology)
+            .map_err(|source| KvmError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
+        let pci_mmio64 = layout::pci_mmio64(ram, cpuid.physical_bits());
+        let windows = Windows { low: layout::PCI_MMIO32, high: pci_mmio64.clone() };
+        let description = acpi::Description { cpus: config.cpus.count, topology, pci_mmio64 };
+        acpi::write(&memory, &description)?;
+        write_boot_protocol(&memory, ram, &loaded)?;
+
+        let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm.fd)));
+        let pin = |gsi| hypervisor.pin(gsi).map_err(MachineError::host("an interrupt pin"));
+        let power_button = pin(layout::EVENT_GSI)?;
+        let output_only = config.serial != ConsoleConfig::Stdio;
+        let serial = if output_only {
+            let device = Serial::new(pin(layout::COM1_GSI)?, serial);
+            SerialPort { device: Arc::new(Mutex::new(device)), drained: None }
+        } else {
+            let (device, drained) = Serial::with_input(pin(layout::COM1_GSI)?, serial)
+                .map_err(MachineError::host("the serial port"))?;
+            SerialPort { device: Arc::new(Mutex::new(device)), drained: Some(drained) }
+        };
+        let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        add_platform(&buses.ports, &serial, &ending)?;
+        let hypervisor: Arc<dyn Hypervisor> = hypervisor;
+        let devices = VirtioDevices::attach(devices, &memory, &hypervisor, windows, &buses.mmio)?;
+        let vcpus = create_vcpus(&vm, topology, cpuid, config.cpus.count, loaded.entry)?;
+        Ok(Self { config, ending, buses, vcpus, power_button, serial, devices })
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// When the host has no thread left; those started are stopped again.
+    pub fn start(self) -> Result<RunningMachine, MachineError> {
+        let control = Arc::new(VcpuControl::default());
+        let started = Instant::now();
+        let mut threads = Vec::with_capacity(self.vcpus.len());
+        for vcpu in self.vcpus {
+            let thread = vcpu.start(self.buses.clone(), Arc::clone(&control), Arc::clone(&self.ending));
+            match thread {
+                Ok(thread) => threads.push(thread),
+                Err(source) => {
+                    // The error at hand says more than that of stopping.
+                    let _ = control.stop(&threads);
+                    return Err(MachineError::Host { what: "a vCPU's thread", source });
+                }
+            }
+        }
+        let counters = lock(&self.serial.device).counters();
+        let controls = Controls::new(Parts {
+            config: self.config,
+            started,
+            ending: self.ending,
+            control,
+            threads,
+            power_button: self.power_button,
+            serial: counters,
+            devices: self.devices,
+        });
+        Ok(RunningMachine::new(Arc::new(controls), self.serial, self.buses))
+    }
+}
+
+fn write_boot_protocol(
+    memory: &GuestMemoryMmap,
+    ram: u64,
+    kernel: &LoadedKernel,
+) -> Result<(), MachineError> {
+    match kernel.entry {
+        Entry::Pvh { .. } => pvh::write_start_info(memory, ram, kernel.initramfs)?,
+        Entry::Linux64 { .. } => linux::write_zero_page(memory, ram, kernel.header, kernel.initramfs)?,
+    }
+    registers::write_reset_vector(memory)?;
+    Ok(kernel.entry.write_tables(memory)?)
+}
+
+fn add_platform(ports: &Bus, serial: &SerialPort, ending: &Arc<Ending>) -> Result<(), BusError> {
+    fn shared(device: impl BusDevice + 'static) -> SharedDevice {
+        Arc::new(Mutex::new(device))
+    }
+    let ending = || Arc::clone(ending);
+    let keyboard = layout::I8042;
+    ports.insert(layout::COM1.into(), 8, Arc::clone(&serial.device) as SharedDevice)?;
+    ports.insert(keyboard.start.into(), keyboard.len() as u64, shared(KeyboardController::new(ending())))?;
+    ports.insert(layout::PVPANIC.into(), 1, shared(PanicNotifier::new(ending())))?;
+    ports.insert(layout::ACPI_POWER.into(), PowerRegisters::LENGTH, shared(PowerRegisters::new(ending())))
+}
+
+fn create_vcpus(
+    vm: &Vm,
+    topology: Topology,
+    mut cpuid: CpuIdTemplate,
+    count: u8,
+    entry: Entry,
+) -> Result<Vec<Vcpu>, KvmError> {
+    let vcpus: Vec<Vcpu> =
+        (0..count).map(|index| Vcpu::create(vm, index, topology.apic_id(index))).collect::<Result<_, _>>()?;
+    if let Some(khz) = vcpus.first().and_then(Vcpu::tsc_khz) {
+        cpuid.set_tsc_khz(khz);
+    }
+    for (index, vcpu) in vcpus.iter().enumerate() {
+        vcpu.configure(&cpuid, (index == 0).then_some(entry))?;
+    }
+    Ok(vcpus)
+}

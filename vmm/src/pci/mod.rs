@@ -1,0 +1,81 @@
+//! PCI Express: configuration spaces, BARs that guests may move, MSI-X, and the root complex.
+//!
+//! A device implements [`PciDevice`] around a [`config::ConfigSpace`]. The [`root::PciRoot`] gives it
+//! an address and places its BARs, so that guests which do not enumerate find them programmed; it
+//! follows the guest when that moves a BAR or turns decoding on and off. [`msix::Msix`] holds a
+//! function's vectors. Devices sit on bus 0 as integrated endpoints; buses behind root ports, for
+//! passed-through devices, need only more entries in the same table of functions.
+
+pub mod config;
+pub mod msix;
+pub mod root;
+
+use std::fmt;
+
+use config::ConfigSpace;
+
+/// Bus, device and function within the only segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PciAddress {
+    /// Bus number.
+    pub bus: u8,
+    /// Device number, 0 to 31.
+    pub device: u8,
+    /// Function number, 0 to 7.
+    pub function: u8,
+}
+
+impl PciAddress {
+    /// The function whose 4 KiB of ECAM begin at `offset` (PCIe 6.0 §7.2.2).
+    fn from_ecam(offset: u64) -> Self {
+        Self {
+            bus: (offset >> 20) as u8,
+            device: (offset >> 15) as u8 & 0x1f,
+            function: (offset >> 12) as u8 & 0x7,
+        }
+    }
+
+    /// The function selected in the 0xCF8 register (PCI 3.0 §3.2.2.3.2).
+    fn from_config_address(register: u32) -> Self {
+        Self {
+            bus: (register >> 16) as u8,
+            device: (register >> 11) as u8 & 0x1f,
+            function: (register >> 8) as u8 & 0x7,
+        }
+    }
+}
+
+impl fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}:{:02x}.{}", self.bus, self.device, self.function)
+    }
+}
+
+/// One function, as the root complex sees it.
+///
+/// The root complex and the BARs' ranges on the MMIO bus share the function behind a lock: calls
+/// come one at a time, from any vCPU's thread. A function never calls back into the root complex.
+pub trait PciDevice: Send {
+    /// The configuration space.
+    fn config(&mut self) -> &mut ConfigSpace;
+
+    /// The guest reads configuration space; `data` holds ones beforehand.
+    fn read_config(&mut self, offset: u16, data: &mut [u8]) {
+        self.config().read(offset, data);
+    }
+
+    /// The guest writes configuration space.
+    fn write_config(&mut self, offset: u16, data: &[u8]) {
+        self.config().write(offset, data);
+    }
+
+    /// The guest reads from a BAR; `data` holds ones beforehand, and lies within the BAR.
+    fn read_bar(&mut self, bar: u8, offset: u64, data: &mut [u8]);
+
+    /// The guest writes to a BAR.
+    fn write_bar(&mut self, bar: u8, offset: u64, data: &[u8]);
+
+    /// The BAR answers at `address` from now on; `None`: nowhere. Before a move to another address
+    /// there is always a call with `None`.
+    fn bar_moved(&mut self, bar: u8, address: Option<u64>);
+}
