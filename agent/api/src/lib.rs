@@ -1,0 +1,23 @@
+//! Types of Lathe's HTTP APIs, shared by coordinator, agents and the command line, and the client.
+//!
+//! - [`job`]: what users submit and see: jobs, tasks, their states and reasons.
+//! - [`node`]: what agents report: inventory, observed sandboxes.
+//! - [`sandbox`]: what the coordinator wants of a node: desired sandboxes and its network.
+//! - [`artefact`]: images and datasets, by digest.
+//! - [`token`]: what people and joining nodes show the coordinator.
+//! - [`problem`]: errors on the wire (RFC 9457).
+//! - [`client`]: the client of all of it.
+//!
+//! Both directions are level-triggered: the coordinator states what should be, the agent what is.
+
+#![forbid(unsafe_code)]
+
+pub mod artefact;
+pub mod client;
+pub mod job;
+pub mod node;
+pub mod problem;
+pub mod sandbox;
+pub mod token;
+
+pub use lathe_vmm::config::MemorySize;

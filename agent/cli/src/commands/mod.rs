@@ -1,0 +1,12 @@
+//! One module a noun of the command line.
+
+pub mod cluster;
+pub mod dataset;
+pub mod doctor;
+pub mod image;
+pub mod job;
+pub mod node;
+pub mod token;
+pub mod upload;
+pub mod vm;
+pub mod vm_control;

@@ -1,0 +1,211 @@
+//! What agents call: join, report, desired state, logs.
+
+#![allow(unused_qualifications, reason = "utoipa's macro qualifies the query's type")]
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use lathe_api::node::{JoinRequest, JoinResponse, LogBatch, LogLine, NodeReport};
+use lathe_api::problem::Problem;
+use lathe_api::sandbox::NodeDesired;
+use lathe_api::token::TokenKind;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::error::ApiError;
+use super::extract::{AgentNode, Json};
+use super::stream::{Gone, Lines, json_lines};
+use crate::coordinator::Coordinator;
+use crate::logs::LogFile;
+use crate::records::{ASSIGNMENTS, Assignment, load};
+use crate::store::StoreError;
+use crate::{desired, observe, submit, tokens};
+
+const JOIN_BYTES: usize = 64 << 10;
+/// 253 sandboxes and an inventory of thousands of devices fit.
+const REPORT_BYTES: usize = 8 << 20;
+/// 256 lines of 16 KiB with every character escaped fit.
+const LOGS_BYTES: usize = 32 << 20;
+const MAX_LOG_LINES: usize = 256;
+const MAX_LOG_TEXT_BYTES: usize = 16 << 10;
+
+/// Gives a node its certificate, against a join token.
+#[utoipa::path(post, path = "/v1/agent/join", tag = "agent", request_body = JoinRequest,
+    responses((status = 200, body = JoinResponse), (status = "4XX", body = Problem)))]
+pub async fn join(
+    State(coordinator): State<Arc<Coordinator>>,
+    Json(request): Json<JoinRequest, JOIN_BYTES>,
+) -> Result<axum::Json<JoinResponse>, ApiError> {
+    let token = tokens::verify(&*coordinator.store, request.token.trim(), "join").await?;
+    if token.kind != TokenKind::Join {
+        return Err(ApiError::forbidden("this is not a join token"));
+    }
+    submit::check_name(&request.name).map_err(|reason| ApiError::field("name", reason))?;
+    let (certificate_pem, fingerprint) = coordinator.authority.sign_node(&request.csr_pem, &request.name)?;
+    observe::join(&coordinator, &request.name, fingerprint).await?;
+    Ok(axum::Json(JoinResponse { certificate_pem }))
+}
+
+/// Takes a node's whole observed state; the heartbeat.
+#[utoipa::path(post, path = "/v1/agent/report", tag = "agent", request_body = NodeReport,
+    responses((status = 204), (status = "4XX", body = Problem)))]
+pub async fn report(
+    State(coordinator): State<Arc<Coordinator>>,
+    AgentNode(node): AgentNode,
+    Json(report): Json<NodeReport, REPORT_BYTES>,
+) -> Result<StatusCode, ApiError> {
+    if report.address.parse::<Ipv4Addr>().is_err() {
+        return Err(ApiError::field("address", format!("{:?} is not an IPv4 address", report.address)));
+    }
+    coordinator.metrics.reports.add(1);
+    // A first report makes a node usable although nothing may have changed in the store.
+    let first = !coordinator.live().contains_key(&node);
+    observe::report(&coordinator, &node, &report).await?;
+    if first {
+        coordinator.changed.notify_one();
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Where to go on from.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct DesiredQuery {
+    /// The revision the agent has; absent for the state at once.
+    after: Option<u64>,
+}
+
+/// Streams the node's desired state as JSON lines: at once if it is not at `after`, then after
+/// every change.
+#[utoipa::path(get, path = "/v1/agent/desired", tag = "agent", params(DesiredQuery),
+    responses((status = 200, body = NodeDesired, content_type = "application/jsonl"),
+              (status = "4XX", body = Problem)))]
+pub async fn desired_state(
+    State(coordinator): State<Arc<Coordinator>>,
+    AgentNode(node): AgentNode,
+    Query(query): Query<DesiredQuery>,
+) -> Response {
+    let shared = Arc::clone(&coordinator);
+    json_lines(&coordinator, move |lines| async move {
+        if let Err(Ended::Store(error)) = watch_desired(&shared, &node, query.after, &lines).await {
+            tracing::error!(node, %error, "a watch of desired state ended");
+        }
+    })
+}
+
+enum Ended {
+    Store(StoreError),
+    Reader,
+}
+
+impl From<StoreError> for Ended {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<Gone> for Ended {
+    fn from(_: Gone) -> Self {
+        Self::Reader
+    }
+}
+
+async fn watch_desired(
+    coordinator: &Coordinator,
+    node: &str,
+    after: Option<u64>,
+    lines: &Lines,
+) -> Result<(), Ended> {
+    let mut told: Option<NodeDesired> = None;
+    loop {
+        let listing = coordinator.store.list(&desired::PREFIXES).await?;
+        let Some(now) = desired::node_desired(&listing, node)? else { return Ok(()) };
+        let known = match &told {
+            Some(told) => NodeDesired { revision: now.revision, ..told.clone() } == now,
+            None => after == Some(now.revision),
+        };
+        if !known {
+            lines.send(&now).await?;
+        }
+        told = Some(now);
+        // Falling behind is no loss: the state is read whole again.
+        if let Ok(mut watch) = coordinator.store.watch(listing.revision) {
+            loop {
+                let event = tokio::select! {
+                    event = watch.next() => event,
+                    () = lines.closed() => return Ok(()),
+                };
+                let Ok(event) = event else { break };
+                let concerns = |key: &String| desired::PREFIXES.iter().any(|prefix| key.starts_with(prefix));
+                if event.keys.iter().any(concerns) {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Stores output of the node's sandboxes. Lines stored before are skipped.
+#[utoipa::path(post, path = "/v1/agent/logs", tag = "agent", request_body = LogBatch,
+    responses((status = 204), (status = "4XX", body = Problem)))]
+pub async fn logs(
+    State(coordinator): State<Arc<Coordinator>>,
+    AgentNode(node): AgentNode,
+    Json(batch): Json<LogBatch, LOGS_BYTES>,
+) -> Result<StatusCode, ApiError> {
+    if batch.lines.len() > MAX_LOG_LINES {
+        return Err(ApiError::field("lines", format!("at most {MAX_LOG_LINES} lines a batch")));
+    }
+    let mut by_sandbox: BTreeMap<String, Vec<LogLine>> = BTreeMap::new();
+    for (index, line) in batch.lines.into_iter().enumerate() {
+        if line.text.len() > MAX_LOG_TEXT_BYTES {
+            let detail = format!("longer than {MAX_LOG_TEXT_BYTES} bytes; split it");
+            return Err(ApiError::field(format!("lines.{index}.text"), detail));
+        }
+        by_sandbox.entry(line.sandbox.clone()).or_default().push(line);
+    }
+    for (sandbox, lines) in by_sandbox {
+        let log = writable_log(&coordinator, &node, &sandbox).await?;
+        let Some(log) = log else {
+            // Of a job this cluster does not know, or another node's: dropping it lets the agent go
+            // on with the rest, which an error would not.
+            tracing::warn!(node, sandbox, "output of an unknown sandbox is dropped");
+            continue;
+        };
+        let shared = Arc::clone(&coordinator);
+        let stored = tokio::task::spawn_blocking(move || shared.logs.append(&log, &lines)).await;
+        let stored = stored.map_err(|_| ApiError::conflict("the write was interrupted; send it again"))?;
+        coordinator.metrics.log_lines.add(stored?);
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The log that this node may write for this sandbox: one it is assigned, or has written to before.
+async fn writable_log(
+    coordinator: &Coordinator,
+    node: &str,
+    sandbox: &str,
+) -> Result<Option<LogFile>, ApiError> {
+    let Some((job, _, _)) = submit::parse_sandbox_id(sandbox) else { return Ok(None) };
+    let log = LogFile { job: job.to_owned(), sandbox: sandbox.to_owned(), node: node.to_owned() };
+    if coordinator.logs.exists(&log) {
+        return Ok(Some(log));
+    }
+    let key = format!("{ASSIGNMENTS}{node}/{sandbox}");
+    if load::<Assignment>(&*coordinator.store, &key).await?.is_some() {
+        return Ok(Some(log));
+    }
+    // Its end was reported before its first output.
+    let record = submit::find_job(coordinator, job).await?;
+    let was_here = record.is_some_and(|record| {
+        let tasks = &record.value.job.tasks;
+        tasks
+            .iter()
+            .any(|task| task.sandbox.as_deref() == Some(sandbox) && task.node.as_deref() == Some(node))
+    });
+    Ok(was_here.then_some(log))
+}

@@ -1,0 +1,228 @@
+//! Jobs: submit, list, show, watch, cancel, logs.
+
+#![allow(unused_qualifications, reason = "utoipa's macro qualifies the query's type")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use lathe_api::job::{Job, JobSpec};
+use lathe_api::node::LogLine;
+use lathe_api::problem::Problem;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::error::ApiError;
+use super::extract::{Json, User};
+use super::stream::{Lines, json_lines};
+use crate::coordinator::Coordinator;
+use crate::logs::LogReader;
+use crate::records::{ACTIVE_JOBS, ENDED_JOBS, JobRecord, of_prefix};
+use crate::{clock, submit};
+
+const SPEC_BYTES: usize = 1 << 20;
+/// Lines read from the files at once.
+const LOG_LINES: usize = 512;
+/// How soon new output is shown to a follower.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+/// For how long a job's output may still come in after its end: agents send output and state apart.
+const SETTLE_MS: u64 = 800;
+
+/// Submits a job. One that is larger than the cluster is accepted, and waits with that as its reason.
+#[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = JobSpec,
+    responses((status = 201, body = Job), (status = "4XX", body = Problem)))]
+pub async fn submit(
+    State(coordinator): State<Arc<Coordinator>>,
+    User(user): User,
+    Json(spec): Json<JobSpec, SPEC_BYTES>,
+) -> Result<(StatusCode, axum::Json<Job>), ApiError> {
+    let job = submit::submit(&coordinator, &user.tenant, spec).await?;
+    Ok((StatusCode::CREATED, axum::Json(job)))
+}
+
+/// All jobs of the token's tenant, or of everyone for an admin, in the order of submission.
+#[utoipa::path(get, path = "/v1/jobs", tag = "jobs",
+    responses((status = 200, body = Vec<Job>), (status = "4XX", body = Problem)))]
+pub async fn list(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+) -> Result<axum::Json<Vec<Job>>, ApiError> {
+    let listing = coordinator.store.list(&[ACTIVE_JOBS, ENDED_JOBS]).await?;
+    let active = of_prefix::<JobRecord>(&listing.entries, ACTIVE_JOBS);
+    let ended = of_prefix::<JobRecord>(&listing.entries, ENDED_JOBS);
+    let mut records: Vec<JobRecord> =
+        active.chain(ended).map(|record| record.map(|(_, record)| record.value)).collect::<Result<_, _>>()?;
+    records.retain(|record| user.may(&record.job.tenant));
+    records.sort_by_key(|record| record.sequence);
+    Ok(axum::Json(records.into_iter().map(|record| record.job).collect()))
+}
+
+/// One job.
+#[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job), (status = "4XX", body = Problem)))]
+pub async fn show(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Job>, ApiError> {
+    find(&coordinator, &user, &id).await.map(axum::Json)
+}
+
+/// Cancels a job. One that has ended stays as it is.
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job), (status = "4XX", body = Problem)))]
+pub async fn cancel(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Job>, ApiError> {
+    find(&coordinator, &user, &id).await?;
+    let job = submit::cancel(&coordinator, &id).await?;
+    job.map(axum::Json).ok_or_else(|| ApiError::not_found("job", &id))
+}
+
+/// Streams a job as JSON lines: now, and after every change, until it has ended.
+#[utoipa::path(get, path = "/v1/jobs/{id}/watch", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job, content_type = "application/jsonl"),
+              (status = "4XX", body = Problem)))]
+pub async fn watch(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    find(&coordinator, &user, &id).await?;
+    let shared = Arc::clone(&coordinator);
+    Ok(json_lines(&coordinator, move |lines| async move { watch_job(&shared, &id, &lines).await }))
+}
+
+async fn watch_job(coordinator: &Coordinator, id: &str, lines: &Lines) {
+    let mut told: Option<Job> = None;
+    loop {
+        // Before the job is read, so that no change after reading is missed.
+        let Ok(revision) = coordinator.store.list(&[]).await.map(|listing| listing.revision) else { return };
+        let Ok(Some(record)) = submit::find_job(coordinator, id).await else { return };
+        let job = record.value.job;
+        if told.as_ref() != Some(&job) && lines.send(&job).await.is_err() || job.state.is_terminal() {
+            return;
+        }
+        told = Some(job);
+        // Falling behind is no loss: the job is read again.
+        if let Ok(mut watch) = coordinator.store.watch(revision) {
+            tokio::select! {
+                _ = watch.next() => {}
+                () = lines.closed() => return,
+            }
+        }
+    }
+}
+
+/// Which output.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct LogsQuery {
+    /// Go on until the job has ended.
+    #[serde(default)]
+    follow: bool,
+    /// One task only.
+    rank: Option<u32>,
+    /// One start of the gang only; absent, the latest, or with `follow` all from the latest on.
+    attempt: Option<u32>,
+}
+
+/// Streams a job's output as JSON lines, by time.
+#[utoipa::path(get, path = "/v1/jobs/{id}/logs", tag = "jobs",
+    params(("id" = String, Path), LogsQuery),
+    responses((status = 200, body = LogLine, content_type = "application/jsonl"),
+              (status = "4XX", body = Problem)))]
+pub async fn logs(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+    Path(id): Path<String>,
+    Query(query): Query<LogsQuery>,
+) -> Result<Response, ApiError> {
+    let job = find(&coordinator, &user, &id).await?;
+    if let Some(rank) = query.rank
+        && rank >= job.spec.tasks
+    {
+        return Err(ApiError::bad_request(format!(
+            "rank {rank}: the job has ranks 0 to {}",
+            job.spec.tasks - 1
+        )));
+    }
+    let attempts = match query.attempt {
+        Some(attempt) => (attempt, attempt),
+        None => (latest_attempt(&job), u32::MAX),
+    };
+    let shared = Arc::clone(&coordinator);
+    Ok(json_lines(&coordinator, move |lines| async move {
+        send_logs(shared, job, query, attempts, lines).await;
+    }))
+}
+
+/// The latest start that has begun: a job that waits to start again shows what its last start said.
+fn latest_attempt(job: &Job) -> u32 {
+    job.attempt.max(1)
+}
+
+async fn send_logs(
+    coordinator: Arc<Coordinator>,
+    job: Job,
+    query: LogsQuery,
+    (first, last): (u32, u32),
+    lines: Lines,
+) {
+    let wanted = move |sandbox: &str| {
+        submit::parse_sandbox_id(sandbox).is_some_and(|(_, rank, attempt)| {
+            (first..=last).contains(&attempt) && query.rank.is_none_or(|wanted| wanted == rank)
+        })
+    };
+    let mut reader = LogReader::default();
+    let mut ended_ms: Option<u64> = None;
+    loop {
+        // Before reading: what was stored before the job's end was seen is read.
+        if ended_ms.is_none() {
+            let Ok(found) = submit::find_job(&coordinator, &job.id).await else { return };
+            ended_ms = found.and_then(|record| record.value.job.finished_ms);
+        }
+        let (shared, id) = (Arc::clone(&coordinator), job.id.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            reader.add(shared.logs.files(&id, wanted)?);
+            reader.read(LOG_LINES).map(|found| (reader, found))
+        });
+        let found: Vec<LogLine>;
+        (reader, found) = match read.await {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => {
+                tracing::error!(job = job.id, %error, "cannot read logs");
+                return;
+            }
+            Err(_) => return,
+        };
+        for line in &found {
+            if lines.send(line).await.is_err() {
+                return;
+            }
+        }
+        if !found.is_empty() {
+            continue;
+        }
+        let settled = ended_ms.is_some_and(|ended| clock::now_ms() > ended + SETTLE_MS);
+        if !query.follow || settled {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(FOLLOW_INTERVAL) => {}
+            () = lines.closed() => return,
+        }
+    }
+}
+
+/// The job, if the caller may know of it; others' jobs look as if they did not exist.
+async fn find(coordinator: &Coordinator, user: &User, id: &str) -> Result<Job, ApiError> {
+    match submit::find_job(coordinator, id).await? {
+        Some(record) if user.may(&record.value.job.tenant) => Ok(record.value.job),
+        _ => Err(ApiError::not_found("job", id)),
+    }
+}

@@ -1,0 +1,62 @@
+//! Nodes, as people see them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use lathe_api::MemorySize;
+use lathe_api::node::Node;
+use lathe_api::problem::Problem;
+
+use super::error::ApiError;
+use super::extract::User;
+use crate::coordinator::Coordinator;
+use crate::records::{ALLOCATIONS, Allocations, NODES, NodeRecord, Versioned, of_prefix};
+
+/// All nodes, by name.
+#[utoipa::path(get, path = "/v1/nodes", tag = "nodes",
+    responses((status = 200, body = Vec<Node>), (status = "4XX", body = Problem)))]
+pub async fn list(
+    State(coordinator): State<Arc<Coordinator>>,
+    _: User,
+) -> Result<axum::Json<Vec<Node>>, ApiError> {
+    nodes(&coordinator).await.map(axum::Json)
+}
+
+/// One node.
+#[utoipa::path(get, path = "/v1/nodes/{name}", tag = "nodes", params(("name" = String, Path)),
+    responses((status = 200, body = Node), (status = "4XX", body = Problem)))]
+pub async fn show(
+    State(coordinator): State<Arc<Coordinator>>,
+    _: User,
+    Path(name): Path<String>,
+) -> Result<axum::Json<Node>, ApiError> {
+    let found = nodes(&coordinator).await?.into_iter().find(|node| node.name == name);
+    found.map(axum::Json).ok_or_else(|| ApiError::not_found("node", &name))
+}
+
+/// All nodes as the API shows them.
+pub(super) async fn nodes(coordinator: &Coordinator) -> Result<Vec<Node>, ApiError> {
+    let listing = coordinator.store.list(&[NODES, ALLOCATIONS]).await?;
+    let allocations: HashMap<String, Versioned<Allocations>> =
+        of_prefix(&listing.entries, ALLOCATIONS).collect::<Result<_, _>>()?;
+    let live = coordinator.live();
+    of_prefix::<NodeRecord>(&listing.entries, NODES)
+        .map(|record| {
+            let (name, Versioned { value, .. }) = record?;
+            let used = || allocations.get(&name).into_iter().flat_map(|of| of.value.sandboxes.values());
+            Ok(Node {
+                address: value.address,
+                subnet: value.subnet,
+                state: value.state,
+                allocated_cpus: used().map(|one| one.cpus).sum(),
+                allocated_memory: MemorySize::from_bytes(used().map(|one| one.memory_bytes).sum()),
+                last_heartbeat_ms: live
+                    .get(&name)
+                    .map_or(value.last_heartbeat_ms, |live| live.last_heartbeat_ms),
+                inventory: value.inventory,
+                name,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,6 @@
+//! The coordinator as its users meet it: over real TLS on loopback, with its real store.
+
+mod access;
+mod data;
+mod gangs;
+mod harness;

@@ -1,0 +1,427 @@
+//! `lathe-agent run`: the tasks of a running agent, and what passes between them.
+//!
+//! | task | takes | gives |
+//! | --- | --- | --- |
+//! | [`watch_desired`] | the coordinator's stream | the latest [`NodeDesired`] |
+//! | [`reconcile`] | that, and what is on the host | sandboxes as observed |
+//! | [`report`] | sandboxes as observed | reports, which are the heartbeat too |
+//! | [`ship`] | spools | output |
+//!
+//! Each goes on by itself when the coordinator is away, and retries with a capped delay.
+//! Sandboxes do not notice, nor do they when the agent ends.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use futures_util::StreamExt;
+use lathe_api::client::{Client, ClientOptions};
+use lathe_api::node::{Inventory, NodeReport, REPORT_INTERVAL_MS, SandboxStatus};
+use lathe_api::sandbox::NodeDesired;
+use nix::fcntl::Flock;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::cgroup::CgroupTree;
+use crate::files;
+use crate::identity;
+use crate::images::ImageStore;
+use crate::images::blobs::BlobSource;
+use crate::inventory::{self, ClassInputs};
+use crate::metrics::{self, Snapshot};
+use crate::network::Network;
+use crate::paths::{Paths, SandboxKey};
+use crate::reconcile::Reconciler;
+use crate::sandbox::observe::observe;
+use crate::sandbox::prepare::Host;
+use crate::shipping::Shipper;
+
+/// How often the host is looked at when nothing rings.
+const PASS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How often bridge, routes and filter are made anew whatever is believed of them.
+const NETWORK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often the inventory is read again.
+const INVENTORY_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The longest pause between attempts to reach the coordinator: short enough that a node is back
+/// within its expiry when the coordinator is.
+const MAX_BACKOFF: Duration = Duration::from_secs(4);
+
+/// What `run` was told.
+#[derive(Debug)]
+pub struct Settings {
+    /// The coordinator's address.
+    pub coordinator: String,
+    /// The cluster's CA, PEM.
+    pub ca_pem: String,
+    /// A join token, needed only before the first join.
+    pub token: Option<String>,
+    /// The node's name.
+    pub name: String,
+    /// Where other nodes reach this one.
+    pub address: String,
+    /// Directories.
+    pub paths: Paths,
+    /// Where to serve metrics, if anywhere.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// Runs the agent until SIGTERM or SIGINT; sandboxes go on.
+///
+/// # Errors
+/// When it cannot begin.
+pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    let paths = settings.paths.clone();
+    for dir in [&paths.state, &paths.run] {
+        files::make_private_dir(dir)?;
+    }
+    let _lock = lock_host()?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let client = tokio::select! {
+        client = connect(&settings) => client?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    let host = Arc::new(open_host(paths, BlobSource::Coordinator(client.clone()))?);
+    adopt(&host).await?;
+
+    let changed = Arc::new(Notify::new());
+    let (desired_sender, desired) = watch::channel(None);
+    let (snapshot_sender, snapshot) = watch::channel(Snapshot::default());
+    let shipped = watch::channel(HashSet::new());
+    let (connected_sender, connected) = watch::channel(false);
+    if let Some(address) = settings.metrics {
+        let snapshot = snapshot.clone();
+        tokio::spawn(async move {
+            if let Err(error) = metrics::serve(address, snapshot).await {
+                tracing::error!(%address, %error, "cannot serve metrics");
+            }
+        });
+    }
+    tokio::spawn(watch_desired(client.clone(), host.clone(), desired_sender, changed.clone()));
+    tokio::spawn(ship(client.clone(), host.clone(), shipped.0));
+    tokio::spawn(report(client, settings.address.clone(), host.paths.clone(), snapshot, connected_sender));
+    let reconciler = Reconciler::new(host.clone(), changed.clone());
+    let stop = Arc::new(Notify::new());
+    let state = ReconcileState { desired, unshipped: shipped.1, connected, snapshot: snapshot_sender };
+    let reconciling = tokio::spawn(reconcile(host, reconciler, state, changed, stop.clone()));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("the agent ends; sandboxes go on");
+    stop.notify_one();
+    reconciling.await?;
+    Ok(())
+}
+
+/// The client with the node's identity; joins first if the node never has.
+async fn connect(settings: &Settings) -> anyhow::Result<Client> {
+    let dir = settings.paths.identity();
+    let mut backoff = Backoff::default();
+    let identity = loop {
+        if let Some(identity) = identity::stored(&dir)? {
+            break identity;
+        }
+        let token = settings.token.as_deref().ok_or(identity::IdentityError::NoToken)?;
+        let joined =
+            identity::join(&dir, &settings.coordinator, &settings.ca_pem, token, &settings.name).await;
+        match joined {
+            Ok(identity) => {
+                tracing::info!(node = settings.name, "joined the cluster");
+                break identity;
+            }
+            Err(
+                error @ identity::IdentityError::Join(lathe_api::client::ClientError::Unreachable { .. }),
+            ) => {
+                tracing::warn!(%error, "trying again");
+                backoff.pause().await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    };
+    Ok(Client::new(&ClientOptions {
+        address: settings.coordinator.clone(),
+        ca_pem: settings.ca_pem.clone(),
+        identity: Some(identity),
+        token: None,
+    })?)
+}
+
+/// Makes this process the host's only agent, whatever directories it uses: bridge, filter and
+/// cgroups have one name a host.
+///
+/// # Errors
+/// When another agent runs.
+pub fn lock_host() -> anyhow::Result<Flock<File>> {
+    let path = Path::new("/run/lathe-agent.lock");
+    files::try_lock(path)?
+        .with_context(|| format!("another lathe-agent runs on this host (it holds {})", path.display()))
+}
+
+/// Loads the kernel modules that sandboxes need, where they are modules: what is asked for in
+/// `/proc/filesystems` and `/dev` shows only what is loaded. Without modprobe nothing is lost but that.
+pub fn load_modules() {
+    let modules = ["tun", "bridge", "veth", "loop", "overlay", "erofs", "nf_tables", "kvm_intel", "kvm_amd"];
+    for module in modules {
+        let command = std::process::Command::new("modprobe")
+            .args(["-q", module])
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .status();
+        if command.is_err() {
+            break;
+        }
+    }
+}
+
+/// Opens what all sandboxes share on this host.
+///
+/// # Errors
+/// When there is no cgroup v2 tree, or directories cannot be made.
+pub fn open_host(paths: Paths, source: BlobSource) -> anyhow::Result<Host> {
+    load_modules();
+    for dir in [&paths.state, &paths.run, &paths.sandboxes(), &paths.runs()] {
+        files::make_private_dir(dir)?;
+    }
+    let (tree, problem) = CgroupTree::find(Path::new("/"));
+    let cgroups = match (tree, problem) {
+        (Some(tree), problem) => {
+            if let Some(problem) = problem {
+                tracing::warn!(%problem, "containers cannot run here");
+            }
+            tree
+        }
+        (None, Some(problem)) => return Err(problem.into()),
+        (None, None) => anyhow::bail!("no cgroup filesystem was found"),
+    };
+    // Made now, so that it is there before and after every sandbox alike.
+    let base = cgroups.sandboxes();
+    std::fs::create_dir_all(&base).with_context(|| format!("cannot make the cgroup {}", base.display()))?;
+    let images = ImageStore::open(paths.images(), paths.datasets(), paths.staging(), source)?;
+    let boot_id = inventory::boot_id(Path::new("/"));
+    Ok(Host { images, network: Network::new()?, cgroups, boot_id, paths })
+}
+
+/// Takes up what an earlier agent left: the network as it was, ports of sandboxes that run, and
+/// away with interfaces and runtime directories that no journal knows.
+async fn adopt(host: &Host) -> anyhow::Result<()> {
+    let (found, _) = observe(&host.paths)?;
+    let mut known = Vec::new();
+    for observed in &found {
+        let key = SandboxKey::of(observed.id());
+        if observed.record.boot_id == host.boot_id && !observed.record.cleaned {
+            known.push(key.interface());
+            if let Ok(address) = observed.record.spec.address.parse() {
+                host.network.admit(&key, address).await?;
+            }
+        }
+        tracing::info!(id = observed.id(), running = observed.supervised, "found a sandbox");
+    }
+    host.network.sweep(&known).await?;
+    if let Ok(desired) = files::read_json::<NodeDesired>(&last_desired(&host.paths))
+        && let Err(error) = host.network.configure(&desired.network).await
+    {
+        tracing::warn!(%error, "the network as it was last");
+    }
+    Ok(())
+}
+
+fn last_desired(paths: &Paths) -> std::path::PathBuf {
+    paths.state.join("desired.json")
+}
+
+/// Follows the coordinator's wishes, for ever.
+async fn watch_desired(
+    client: Client,
+    host: Arc<Host>,
+    sender: watch::Sender<Option<NodeDesired>>,
+    changed: Arc<Notify>,
+) {
+    let mut backoff = Backoff::default();
+    loop {
+        let after = sender.borrow().as_ref().map(|desired: &NodeDesired| desired.revision);
+        match client.watch_desired(after).await {
+            Ok(mut stream) => {
+                while let Some(next) = stream.next().await {
+                    match next {
+                        Ok(desired) => {
+                            backoff = Backoff::default();
+                            if let Err(error) = files::write_json(&last_desired(&host.paths), &desired) {
+                                tracing::warn!(%error, "the network will not be known after a restart");
+                            }
+                            sender.send_replace(Some(desired));
+                            changed.notify_one();
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, "the stream of wishes broke");
+                            break;
+                        }
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot hear the coordinator; sandboxes go on"),
+        }
+        backoff.pause().await;
+    }
+}
+
+struct ReconcileState {
+    desired: watch::Receiver<Option<NodeDesired>>,
+    unshipped: watch::Receiver<HashSet<String>>,
+    connected: watch::Receiver<bool>,
+    snapshot: watch::Sender<Snapshot>,
+}
+
+/// The reconciler's timer and bell.
+async fn reconcile(
+    host: Arc<Host>,
+    mut reconciler: Reconciler,
+    state: ReconcileState,
+    changed: Arc<Notify>,
+    stop: Arc<Notify>,
+) {
+    let mut configured: Option<(lathe_api::sandbox::NodeNetwork, Instant)> = None;
+    let mut passes = 0;
+    loop {
+        let desired = state.desired.borrow().clone();
+        if let Some(wanted) = desired.as_ref().map(|d| &d.network) {
+            let fresh = configured
+                .as_ref()
+                .is_some_and(|(known, when)| known == wanted && when.elapsed() < NETWORK_INTERVAL);
+            if !fresh {
+                host.network.doubt().await;
+                match host.network.configure(wanted).await {
+                    Ok(()) => configured = Some((wanted.clone(), Instant::now())),
+                    Err(error) => {
+                        tracing::error!(%error, "the network is not as it should be");
+                        // Once a second is enough for an error that stays.
+                        configured = Some((
+                            wanted.clone(),
+                            Instant::now() - NETWORK_INTERVAL + Duration::from_secs(1),
+                        ));
+                    }
+                }
+            }
+        }
+        let unshipped = state.unshipped.borrow().clone();
+        match reconciler.pass(desired.as_ref(), &unshipped).await {
+            Ok(sandboxes) => {
+                passes += 1;
+                let connected = *state.connected.borrow();
+                state.snapshot.send_replace(Snapshot { sandboxes, connected, passes });
+            }
+            Err(error) => tracing::error!(%error, "a pass failed"),
+        }
+        tokio::select! {
+            () = stop.notified() => break,
+            _ = timeout(PASS_INTERVAL, changed.notified()) => {}
+        }
+    }
+    reconciler.finish().await;
+}
+
+/// Reports on every change, and often enough to count as alive.
+async fn report(
+    client: Client,
+    address: String,
+    paths: Paths,
+    mut snapshot: watch::Receiver<Snapshot>,
+    connected: watch::Sender<bool>,
+) {
+    let mut inventory = read_inventory(&paths);
+    let mut read = Instant::now();
+    let mut last: Option<(Vec<SandboxStatus>, Instant)> = None;
+    let interval = Duration::from_millis(REPORT_INTERVAL_MS);
+    loop {
+        if read.elapsed() > INVENTORY_INTERVAL {
+            inventory = read_inventory(&paths);
+            read = Instant::now();
+        }
+        let Snapshot { sandboxes, passes, .. } = snapshot.borrow_and_update().clone();
+        // Before the first pass nothing was observed: an empty report would be a lie.
+        let due = passes > 0
+            && last
+                .as_ref()
+                .is_none_or(|(sent, when)| when.elapsed() >= interval || !same_states(sent, &sandboxes));
+        if due {
+            let report = NodeReport {
+                address: address.clone(),
+                inventory: inventory.clone(),
+                sandboxes: sandboxes.clone(),
+            };
+            let sent = client.report(&report).await;
+            let was_connected = connected.send_replace(sent.is_ok());
+            match sent {
+                Ok(()) => last = Some((sandboxes, Instant::now())),
+                Err(error) => {
+                    // Once an outage: the next two hundred attempts say the same.
+                    if was_connected {
+                        tracing::warn!(%error, "not reported; sandboxes go on");
+                    }
+                    last = None;
+                    sleep(Duration::from_millis(500)).await;
+                }
+            }
+        }
+        let _ = timeout(Duration::from_millis(250), snapshot.changed()).await;
+    }
+}
+
+/// What deserves a report at once; figures that grow all the time wait for the next.
+fn same_states(a: &[SandboxStatus], b: &[SandboxStatus]) -> bool {
+    let key = |s: &SandboxStatus| (s.id.clone(), s.state, s.exit, s.lost, s.reason.clone());
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| key(a) == key(b))
+}
+
+/// The inventory with what can run here.
+pub fn read_inventory(paths: &Paths) -> Inventory {
+    let root = Path::new("/");
+    let search = std::env::var("PATH").unwrap_or_default();
+    let (classes, class_problems) = inventory::classes(ClassInputs { root, paths, search: &search });
+    Inventory { classes, class_problems, ..inventory::read(root) }
+}
+
+/// Ships output, for ever.
+async fn ship(client: Client, host: Arc<Host>, unshipped: watch::Sender<HashSet<String>>) {
+    let mut shipper = Shipper::default();
+    let mut backoff = Backoff::default();
+    loop {
+        let more = shipper.pass(&host.paths, &client).await;
+        unshipped.send_replace(shipper.unshipped(&host.paths));
+        match more {
+            Ok(true) => backoff = Backoff::default(),
+            Ok(false) => sleep(Duration::from_millis(250)).await,
+            Err(error) => {
+                tracing::warn!(%error, "output waits");
+                backoff.pause().await;
+            }
+        }
+    }
+}
+
+/// Pauses that double up to [`MAX_BACKOFF`].
+#[derive(Debug)]
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(Duration::from_millis(250))
+    }
+}
+
+impl Backoff {
+    async fn pause(&mut self) {
+        sleep(self.0).await;
+        self.0 = (self.0 * 2).min(MAX_BACKOFF);
+    }
+}

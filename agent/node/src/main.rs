@@ -1,0 +1,257 @@
+//! `lathe-agent`: carves a host into sandboxes, as the coordinator wants them.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`agent`] | the running agent: its tasks, and what passes between them |
+//! | [`reconcile`] | from desired and observed to the one next thing to do |
+//! | [`sandbox`] | one sandbox: its task and machine, making it, taking it away, observing it |
+//! | [`supervisor`] | the process that each sandbox has of its own; survives the agent |
+//! | [`journal`] | what was begun on the host, written before it is |
+//! | [`images`] | OCI images and datasets as EROFS files |
+//! | [`network`] | bridge, interfaces, routes, filter |
+//! | [`cgroup`] | limits, and the end of everything in a sandbox |
+//! | [`inventory`] | what the host has, and what it can run |
+//! | [`identity`] | the node's key and certificate |
+//! | [`shipping`], [`metrics`] | output and figures on their way out |
+//! | [`manual`] | one sandbox by hand, without a cluster |
+
+mod agent;
+mod beneath;
+mod cgroup;
+mod files;
+mod identity;
+mod images;
+mod inventory;
+mod journal;
+mod loopback;
+mod manual;
+mod metrics;
+mod network;
+mod paths;
+mod reconcile;
+mod sandbox;
+mod shipping;
+mod supervisor;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use paths::Paths;
+
+/// The host agent of Lathe.
+#[derive(Debug, Parser)]
+#[command(name = "lathe-agent", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent of this host until SIGTERM; sandboxes go on without it.
+    Run(RunArguments),
+    /// Print what this host has and can run.
+    Inventory {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        directories: Directories,
+    },
+    /// Run one sandbox by hand, without a cluster.
+    #[command(subcommand)]
+    Sandbox(SandboxCommand),
+    /// Run the sandbox of a directory to its end; started by the agent.
+    #[command(hide = true)]
+    Supervise {
+        /// The sandbox's directory.
+        dir: PathBuf,
+    },
+    /// Become a program in a cgroup; started by the supervisor.
+    #[command(hide = true)]
+    Exec {
+        /// The process to die with.
+        #[arg(long)]
+        parent: u32,
+        /// The cgroup to enter.
+        #[arg(long)]
+        cgroup: PathBuf,
+        /// The program and its arguments.
+        #[arg(last = true, required = true)]
+        argv: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Directories {
+    /// What survives a reboot: identity, caches, journals.
+    #[arg(long, default_value = "/var/lib/lathe")]
+    state_dir: PathBuf,
+    /// Sockets and mount points.
+    #[arg(long, default_value = "/run/lathe")]
+    run_dir: PathBuf,
+    /// Kernel (`vmlinuz`), `initramfs` and `cmdline` of microVMs.
+    #[arg(long, default_value = "/usr/lib/lathe/guest")]
+    guest_dir: PathBuf,
+    /// The VMM.
+    #[arg(long, default_value = "/usr/bin/lathe-vmm")]
+    vmm: PathBuf,
+}
+
+impl Directories {
+    fn paths(self) -> anyhow::Result<Paths> {
+        // Supervisors and libraries run elsewhere: relative paths would mean something else there.
+        let absolute = |path: PathBuf| std::path::absolute(&path).with_context(|| path.display().to_string());
+        Ok(Paths {
+            state: absolute(self.state_dir)?,
+            run: absolute(self.run_dir)?,
+            guest: absolute(self.guest_dir)?,
+            vmm: absolute(self.vmm)?,
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    /// The coordinator, as https://IP:PORT.
+    #[arg(long)]
+    coordinator: String,
+    /// The cluster's CA certificate.
+    #[arg(long, value_name = "FILE")]
+    ca: PathBuf,
+    /// A join token; read only until the node has joined.
+    #[arg(long, value_name = "FILE")]
+    join_token_file: Option<PathBuf>,
+    /// The node's name, unique in the cluster.
+    #[arg(long)]
+    name: String,
+    /// The address other nodes reach this one at.
+    #[arg(long)]
+    address: Ipv4Addr,
+    /// Serve Prometheus metrics here.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics_listen: Option<SocketAddr>,
+    #[command(flatten)]
+    directories: Directories,
+}
+
+#[derive(Debug, Subcommand)]
+enum SandboxCommand {
+    /// Run the sandbox of a specification, print its output, and exit as its task did.
+    Run {
+        /// A sandbox specification in JSON, as the coordinator gives it to agents.
+        spec: PathBuf,
+        /// A folder of blobs named by their SHA-256, as `blobs/sha256` of an OCI layout.
+        #[arg(long, value_name = "DIR")]
+        blobs: PathBuf,
+        /// The sandboxes' subnet.
+        #[arg(long, default_value = "10.42.0.0/24")]
+        subnet: String,
+        #[command(flatten)]
+        directories: Directories,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let default = match &arguments.command {
+        // Its words would come out of the container's own stderr; what matters of them it returns.
+        Command::Supervise { .. } => "info,libcontainer=off,libcgroups=off",
+        _ => "info",
+    };
+    let filter = EnvFilter::try_from_env("LATHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    match dispatch(arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lathe-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Supervise { dir } => supervisor::main(&dir)?,
+        Command::Exec { parent, cgroup, argv } => match supervisor::exec::main(parent, &cgroup, &argv)? {},
+        Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
+        Command::Run(arguments) => runtime()?.block_on(agent::run(settings(arguments)?))?,
+        Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, directories }) => {
+            let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, directories.paths()?))?;
+            return Ok(code);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+fn settings(arguments: RunArguments) -> anyhow::Result<agent::Settings> {
+    let paths = arguments.directories.paths()?;
+    let joined = identity::stored(&paths.identity())?.is_some();
+    let token = match &arguments.join_token_file {
+        // The file may be gone once it has served its purpose.
+        Some(file) if !joined => Some(identity::read_text(file).context("--join-token-file")?),
+        _ => None,
+    };
+    Ok(agent::Settings {
+        coordinator: arguments.coordinator,
+        ca_pem: identity::read_text(&arguments.ca).context("--ca")?,
+        token,
+        name: arguments.name,
+        address: arguments.address.to_string(),
+        paths,
+        metrics: arguments.metrics_listen,
+    })
+}
+
+fn print_inventory(paths: &Paths, json: bool) -> anyhow::Result<()> {
+    agent::load_modules();
+    let inventory = agent::read_inventory(paths);
+    if json {
+        println!("{}", serde_json::to_string_pretty(&inventory)?);
+        return Ok(());
+    }
+    let cpus = &inventory.cpus;
+    println!("host      {} (Linux {})", inventory.hostname, inventory.kernel);
+    println!(
+        "cpus      {} online, {} cores, {} sockets: {}",
+        cpus.online, cpus.cores, cpus.sockets, cpus.model
+    );
+    println!("memory    {}", inventory.memory.map_or("unknown".to_owned(), |m| format!("{} MiB", m.mib())));
+    for node in &inventory.numa {
+        println!("numa      node {}: {} CPUs, {} MiB", node.id, node.cpus.len(), node.memory_bytes >> 20);
+    }
+    for pool in inventory.hugepages.iter().filter(|pool| pool.total > 0) {
+        println!("hugepages {} of {} free, {} KiB each", pool.free, pool.total, pool.page_bytes >> 10);
+    }
+    for disk in &inventory.disks {
+        println!("disk      {} {} MiB {}", disk.name, disk.size_bytes >> 20, disk.model);
+    }
+    for nic in &inventory.nics {
+        println!("nic       {} {} {}", nic.name, nic.mac, nic.driver);
+    }
+    for device in &inventory.pci {
+        let group = device.iommu_group.map_or("none".to_owned(), |group| group.to_string());
+        let driver = device.driver.as_deref().unwrap_or("none");
+        let (vendor, id, class) = (device.vendor, device.device, device.class);
+        println!(
+            "pci       {} {vendor:04x}:{id:04x} class {class:06x} driver {driver} iommu group {group}",
+            device.address
+        );
+    }
+    for class in &inventory.classes {
+        println!("can run   {}", serde_json::to_value(class)?.as_str().unwrap_or_default());
+    }
+    for problem in &inventory.class_problems {
+        println!("cannot    {problem}");
+    }
+    Ok(())
+}
