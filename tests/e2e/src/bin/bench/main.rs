@@ -1,0 +1,35 @@
+//! Benchmarks: each prints a table and writes `target/bench/NAME.json`, a list of records
+//! `{"metric", "subject", "value", "unit"}`. Peers run in the same host in the same run.
+//!
+//! Times are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
+//! percent on any machine, and count instructions rather than cache misses or device latency.
+
+mod boot;
+mod qemu;
+mod record;
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let name = std::env::args().nth(1).unwrap_or_default();
+    let records = match name.as_str() {
+        "boot" => boot::run()?,
+        _ => bail!("no benchmark {name:?}; there is: boot"),
+    };
+    record::print(&records);
+    let path = record::write(&name, &records)?;
+    println!("\n{} written", path.display());
+    Ok(())
+}

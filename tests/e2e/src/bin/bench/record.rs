@@ -1,0 +1,77 @@
+//! What a benchmark measured.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use lathe_e2e::artefacts;
+use serde::Serialize;
+
+/// One figure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Record {
+    /// What was measured.
+    pub metric: String,
+    /// Whose.
+    pub subject: String,
+    /// The median over the runs.
+    pub value: f64,
+    /// Of `value`.
+    pub unit: &'static str,
+    /// Smallest and largest of the runs.
+    pub range: [f64; 2],
+    /// How many runs.
+    pub runs: usize,
+}
+
+impl Record {
+    /// The median of `values`, which are not empty.
+    pub fn of(metric: &str, subject: &str, unit: &'static str, mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        Self {
+            metric: metric.to_owned(),
+            subject: subject.to_owned(),
+            value: at(values.len() / 2),
+            unit,
+            range: [at(0), at(values.len().saturating_sub(1))],
+            runs: values.len(),
+        }
+    }
+}
+
+/// Prints a row a metric and a column a subject, with the ratio to the first subject.
+pub fn print(records: &[Record]) {
+    let mut subjects: Vec<&str> = Vec::new();
+    let mut rows: BTreeMap<(&str, &str), BTreeMap<&str, f64>> = BTreeMap::new();
+    for record in records {
+        if !subjects.contains(&record.subject.as_str()) {
+            subjects.push(&record.subject);
+        }
+        rows.entry((&record.metric, record.unit)).or_default().insert(&record.subject, record.value);
+    }
+    print!("{:<32}", "METRIC");
+    subjects.iter().for_each(|subject| print!("{subject:>26}"));
+    println!();
+    for ((metric, unit), values) in &rows {
+        print!("{:<32}", format!("{metric} ({unit})"));
+        let ours = subjects.first().and_then(|subject| values.get(subject));
+        for subject in &subjects {
+            let cell = match (values.get(subject), ours) {
+                (Some(value), Some(ours)) => format!("{value:.2} ({:.2}x)", value / ours),
+                (Some(value), None) => format!("{value:.2}"),
+                (None, _) => "-".to_owned(),
+            };
+            print!("{cell:>26}");
+        }
+        println!();
+    }
+}
+
+/// Writes `target/bench/NAME.json`.
+pub fn write(name: &str, records: &[Record]) -> anyhow::Result<PathBuf> {
+    let directory = artefacts::repository().join("target/bench");
+    std::fs::create_dir_all(&directory)?;
+    let path = directory.join(format!("{name}.json"));
+    std::fs::write(&path, serde_json::to_vec_pretty(records)?)?;
+    Ok(path)
+}
