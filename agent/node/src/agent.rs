@@ -10,7 +10,6 @@
 //! Each goes on by itself when the coordinator is away, and retries with a capped delay.
 //! Sandboxes do not notice, nor do they when the agent ends.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -36,10 +35,10 @@ use crate::inventory::{self, ClassInputs};
 use crate::metrics::{self, Snapshot};
 use crate::network::Network;
 use crate::paths::{Paths, SandboxKey};
-use crate::reconcile::Reconciler;
+use crate::reconcile::{Pass, Reconciler};
 use crate::sandbox::observe::observe;
 use crate::sandbox::prepare::Host;
-use crate::shipping::Shipper;
+use crate::shipping::{Shipped, Shipper};
 
 /// How often the host is looked at when nothing rings.
 const PASS_INTERVAL: Duration = Duration::from_millis(200);
@@ -49,6 +48,9 @@ const NETWORK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often the inventory is read again.
 const INVENTORY_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often spools are looked at when nothing rings.
+const SHIP_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The longest pause between attempts to reach the coordinator: short enough that a node is back
 /// within its expiry when the coordinator is.
@@ -96,7 +98,8 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let changed = Arc::new(Notify::new());
     let (desired_sender, desired) = watch::channel(None);
     let (snapshot_sender, snapshot) = watch::channel(Snapshot::default());
-    let shipped = watch::channel(HashSet::new());
+    let shipped = watch::channel(Shipped::default());
+    let ended = Arc::new(Notify::new());
     let (connected_sender, connected) = watch::channel(false);
     if let Some(address) = settings.metrics {
         let snapshot = snapshot.clone();
@@ -107,11 +110,11 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         });
     }
     tokio::spawn(watch_desired(client.clone(), host.clone(), desired_sender, changed.clone()));
-    tokio::spawn(ship(client.clone(), host.clone(), shipped.0));
+    tokio::spawn(ship(client.clone(), host.clone(), shipped.0, ended.clone(), changed.clone()));
     tokio::spawn(report(client, settings.address.clone(), host.paths.clone(), snapshot, connected_sender));
     let reconciler = Reconciler::new(host.clone(), changed.clone());
     let stop = Arc::new(Notify::new());
-    let state = ReconcileState { desired, unshipped: shipped.1, connected, snapshot: snapshot_sender };
+    let state = ReconcileState { desired, shipped: shipped.1, ended, connected, snapshot: snapshot_sender };
     let reconciling = tokio::spawn(reconcile(host, reconciler, state, changed, stop.clone()));
     tokio::select! {
         _ = terminate.recv() => {}
@@ -277,7 +280,9 @@ async fn watch_desired(
 
 struct ReconcileState {
     desired: watch::Receiver<Option<NodeDesired>>,
-    unshipped: watch::Receiver<HashSet<String>>,
+    shipped: watch::Receiver<Shipped>,
+    /// Rung while the end of a sandbox waits for its output.
+    ended: Arc<Notify>,
     connected: watch::Receiver<bool>,
     snapshot: watch::Sender<Snapshot>,
 }
@@ -313,10 +318,13 @@ async fn reconcile(
                 }
             }
         }
-        let unshipped = state.unshipped.borrow().clone();
-        match reconciler.pass(desired.as_ref(), &unshipped).await {
-            Ok(sandboxes) => {
+        let shipped = state.shipped.borrow().clone();
+        match reconciler.pass(desired.as_ref(), |id| shipped.waits(&host.paths, id)).await {
+            Ok(Pass { sandboxes, ends_wait }) => {
                 passes += 1;
+                if ends_wait {
+                    state.ended.notify_one();
+                }
                 let connected = *state.connected.borrow();
                 state.snapshot.send_replace(Snapshot { sandboxes, connected, passes });
             }
@@ -391,16 +399,29 @@ pub fn read_inventory(paths: &Paths) -> Inventory {
     Inventory { classes, class_problems, ..inventory::read(root) }
 }
 
-/// Ships output, for ever.
-async fn ship(client: Client, host: Arc<Host>, unshipped: watch::Sender<HashSet<String>>) {
+/// Ships output, for ever; at once when the end of a sandbox waits for it.
+async fn ship(
+    client: Client,
+    host: Arc<Host>,
+    shipped: watch::Sender<Shipped>,
+    ended: Arc<Notify>,
+    changed: Arc<Notify>,
+) {
     let mut shipper = Shipper::default();
+    let mut rung = false;
     let mut backoff = Backoff::default();
     loop {
         let more = shipper.pass(&host.paths, &client).await;
-        unshipped.send_replace(shipper.unshipped(&host.paths));
+        shipped.send_replace(shipper.shipped().clone());
         match more {
             Ok(true) => backoff = Backoff::default(),
-            Ok(false) => sleep(Duration::from_millis(250)).await,
+            Ok(false) => {
+                // All is shipped: the end that waited for it can be reported.
+                if rung {
+                    changed.notify_one();
+                }
+                rung = timeout(SHIP_INTERVAL, ended.notified()).await.is_ok();
+            }
             Err(error) => {
                 tracing::warn!(%error, "output waits");
                 backoff.pause().await;

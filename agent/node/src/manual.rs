@@ -3,7 +3,6 @@
 //! It goes through the same reconciler, journal and supervisor as under an agent, with the
 //! specification as the only wish, and leaves nothing behind.
 
-use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -47,7 +46,8 @@ pub async fn run(spec: &Path, blobs: PathBuf, subnet: &str, paths: Paths) -> any
     let mut terminate = signal(SignalKind::terminate())?;
     let mut end: Option<SandboxStatus> = None;
     loop {
-        let found = reconciler.pass(Some(&desired), &HashSet::new()).await?;
+        // Whatever there is of output is printed below, in the same turn.
+        let found = reconciler.pass(Some(&desired), |_| false).await?.sandboxes;
         print_output(&host.paths, &spec.id)?;
         match found.into_iter().find(|status| status.id == spec.id) {
             Some(status) if status.state.is_terminal() => {

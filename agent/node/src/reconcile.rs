@@ -11,7 +11,7 @@
 //! takes long (fetching, starting, cleaning up) runs beside it, at most one worker a sandbox; a
 //! worker that fails leaves its trace in the journal, and the next pass decides again.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,10 @@ use crate::supervisor::status::Status;
 
 /// How long an ended sandbox's output is kept when nobody takes it, once it is not desired.
 const UNSHIPPED_PATIENCE_MS: u64 = 60_000;
+
+/// How long the report of a sandbox's end waits for its output to be shipped. Shorter than the time in
+/// which what is reported must be true.
+const OUTPUT_PATIENCE_MS: u64 = 8_000;
 
 /// What a supervisor gets beyond the task's grace period before it is killed itself.
 const STOP_SLACK: Duration = Duration::from_secs(30);
@@ -110,6 +114,21 @@ pub fn decide(desired: Option<&SandboxSpec>, observed: Option<&Observed>, moment
     if forgotten && (!moment.unshipped || given_up) { Action::Forget } else { Action::Wait }
 }
 
+/// What a pass found.
+#[derive(Debug, Default)]
+pub struct Pass {
+    /// What to report.
+    pub sandboxes: Vec<SandboxStatus>,
+    /// Whether one of them has ended and is not reported so yet: its output comes first.
+    pub ends_wait: bool,
+}
+
+/// Whether the sandbox has ended so lately that its output may be shipped before its end is told.
+fn end_may_wait(observed: &Observed, now_ms: u64) -> bool {
+    let record = &observed.record;
+    record.end.is_some() && now_ms.saturating_sub(record.ended_ms) < OUTPUT_PATIENCE_MS
+}
+
 /// Runs [`decide`] for all sandboxes and does what it says.
 pub struct Reconciler {
     host: Arc<Host>,
@@ -128,16 +147,16 @@ impl Reconciler {
         Self { host, workers: HashMap::new(), running: JoinSet::new(), asked: HashMap::new(), changed }
     }
 
-    /// One pass: observes, decides, acts, and returns what to report. `unshipped` says whose output
-    /// still waits.
+    /// One pass: observes, decides, acts, and returns what to report. `output_waits` says of a sandbox
+    /// whether some of its output is still to be taken.
     ///
     /// # Errors
     /// When the sandboxes' directory cannot be read.
     pub async fn pass(
         &mut self,
         desired: Option<&NodeDesired>,
-        unshipped: &HashSet<String>,
-    ) -> Result<Vec<SandboxStatus>, files::FileError> {
+        output_waits: impl Fn(&str) -> bool,
+    ) -> Result<Pass, files::FileError> {
         self.collect_workers();
         let (found, damaged) = observe(&self.host.paths)?;
         for (id, error) in damaged {
@@ -156,7 +175,7 @@ impl Reconciler {
             let moment = Moment {
                 informed: desired.is_some(),
                 busy: self.workers.contains_key(id),
-                unshipped: unshipped.contains(id),
+                unshipped: output_waits(id),
                 now_ms: files::now_ms(),
                 boot_id: &self.host.boot_id,
             };
@@ -166,7 +185,14 @@ impl Reconciler {
                 tracing::error!(id, %error, "will be tried again");
             }
         }
-        Ok(found.iter().filter(|o| !is_gone(&self.host, o)).map(Observed::report).collect())
+        let now_ms = files::now_ms();
+        let mut pass = Pass::default();
+        for observed in found.iter().filter(|o| !is_gone(&self.host, o)) {
+            let waits = end_may_wait(observed, now_ms) && output_waits(observed.id());
+            pass.ends_wait |= waits;
+            pass.sandboxes.push(if waits { observed.report_ending() } else { observed.report() });
+        }
+        Ok(pass)
     }
 
     async fn act(

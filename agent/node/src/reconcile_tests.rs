@@ -102,3 +102,16 @@ fn nothing_is_done_twice_while_a_worker_is_busy() {
     let started = observed(&[Step::Supervisor], false, None);
     assert_eq!(decide(None, Some(&started), busy), Action::Wait);
 }
+
+#[test]
+fn an_end_waits_for_its_output_but_not_for_long() {
+    let running = observed(&[Step::Supervisor], true, None);
+    assert!(!end_may_wait(&running, NOW));
+    let mut ended = observed(&[Step::Supervisor], false, Some(End::failed("x")));
+    ended.record.ended_ms = NOW;
+    assert!(end_may_wait(&ended, NOW + OUTPUT_PATIENCE_MS - 1));
+    assert_eq!((ended.report_ending().state, ended.report().state), (TaskState::Starting, TaskState::Failed));
+    ended.status = Some(Status { state: TaskState::Exited, ..Status::default() });
+    assert_eq!(ended.report_ending().state, TaskState::Stopping);
+    assert!(!end_may_wait(&ended, NOW + OUTPUT_PATIENCE_MS), "what is reported has to become true");
+}

@@ -1,6 +1,9 @@
 //! Ships sandboxes' output to the coordinator, in order, until it is acknowledged.
+//!
+//! Whoever is told that a task ended may read its output then, so its end is reported after its
+//! output was shipped: [`Shipped::waits`] says whether some still waits.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::Path;
 
 use lathe_api::client::{Client, ClientError};
@@ -28,11 +31,22 @@ pub enum ShippingError {
     File(#[from] FileError),
 }
 
+/// Which spools were shipped to their end, and how many bytes they held then.
+#[derive(Clone, Debug, Default)]
+pub struct Shipped(HashMap<String, u64>);
+
+impl Shipped {
+    /// Whether output of this sandbox is not shipped yet. Read from the spool as it is now.
+    pub fn waits(&self, paths: &Paths, id: &str) -> bool {
+        let bytes = size(&paths.sandbox(id).join(SPOOL));
+        bytes > 0 && self.0.get(id) != Some(&bytes)
+    }
+}
+
 /// Knows which spools hold nothing new, so that idle ones are not read again.
 #[derive(Debug, Default)]
 pub struct Shipper {
-    /// Bytes in the spool when it was last read to its end.
-    exhausted: HashMap<String, u64>,
+    exhausted: Shipped,
 }
 
 impl Shipper {
@@ -43,11 +57,11 @@ impl Shipper {
     pub async fn pass(&mut self, paths: &Paths, client: &Client) -> Result<bool, ShippingError> {
         let mut more = false;
         let ids = sandboxes(paths)?;
-        self.exhausted.retain(|id, _| ids.contains(id));
+        self.exhausted.0.retain(|id, _| ids.contains(id));
         for id in ids {
             let dir = paths.sandbox(&id).join(SPOOL);
             let bytes = size(&dir);
-            if self.exhausted.get(&id) == Some(&bytes) {
+            if self.exhausted.0.get(&id) == Some(&bytes) {
                 continue;
             }
             let mut reader = SpoolReader::open(&dir)?;
@@ -60,21 +74,15 @@ impl Shipper {
                     reader.acknowledge(last.seq + 1)?;
                     more = true;
                 }
-                None => drop(self.exhausted.insert(id, bytes)),
+                None => drop(self.exhausted.0.insert(id, bytes)),
             }
         }
         Ok(more)
     }
 
-    /// The sandboxes whose output may not be shipped to the end yet.
-    pub fn unshipped(&self, paths: &Paths) -> HashSet<String> {
-        let ids = sandboxes(paths).unwrap_or_default();
-        ids.into_iter()
-            .filter(|id| {
-                let bytes = size(&paths.sandbox(id).join(SPOOL));
-                bytes > 0 && self.exhausted.get(id) != Some(&bytes)
-            })
-            .collect()
+    /// What was shipped so far.
+    pub fn shipped(&self) -> &Shipped {
+        &self.exhausted
     }
 }
 
@@ -90,4 +98,31 @@ fn size(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let logs = entries.filter(|entry| entry.path().extension().is_some_and(|e| e == "log"));
     logs.filter_map(|entry| entry.metadata().ok()).map(|meta| meta.len()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::supervisor::spool::SpoolWriter;
+
+    #[test]
+    fn output_waits_from_its_first_byte_until_all_of_it_is_shipped() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths {
+            state: dir.path().join("state"),
+            run: dir.path().join("run"),
+            guest: "/none".into(),
+            vmm: "/none".into(),
+        };
+        let spool = paths.sandbox("a-0-1").join(SPOOL);
+        let mut shipped = Shipped::default();
+        assert!(!shipped.waits(&paths, "a-0-1"), "there is none");
+        std::fs::create_dir_all(&spool).unwrap();
+        SpoolWriter::open(&spool).unwrap().note("hello").unwrap();
+        assert!(shipped.waits(&paths, "a-0-1"));
+        shipped.0.insert("a-0-1".to_owned(), size(&spool));
+        assert!(!shipped.waits(&paths, "a-0-1"));
+        SpoolWriter::open(&spool).unwrap().note("and more").unwrap();
+        assert!(shipped.waits(&paths, "a-0-1"));
+    }
 }

@@ -20,15 +20,13 @@ use super::stream::{Lines, json_lines};
 use crate::coordinator::Coordinator;
 use crate::logs::LogReader;
 use crate::records::{ACTIVE_JOBS, ENDED_JOBS, JobRecord, of_prefix};
-use crate::{clock, submit};
+use crate::submit;
 
 const SPEC_BYTES: usize = 1 << 20;
 /// Lines read from the files at once.
 const LOG_LINES: usize = 512;
 /// How soon new output is shown to a follower.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
-/// For how long a job's output may still come in after its end: agents send output and state apart.
-const SETTLE_MS: u64 = 800;
 
 /// Submits a job. One that is larger than the cluster is accepted, and waits with that as its reason.
 #[utoipa::path(post, path = "/v1/jobs", tag = "jobs", request_body = JobSpec,
@@ -179,12 +177,13 @@ async fn send_logs(
         })
     };
     let mut reader = LogReader::default();
-    let mut ended_ms: Option<u64> = None;
+    let mut ended = false;
     loop {
-        // Before reading: what was stored before the job's end was seen is read.
-        if ended_ms.is_none() {
+        // Before reading: agents send a task's output before its end, so what is stored once the job has
+        // ended is all.
+        if !ended {
             let Ok(found) = submit::find_job(&coordinator, &job.id).await else { return };
-            ended_ms = found.and_then(|record| record.value.job.finished_ms);
+            ended = found.is_none_or(|record| record.value.job.finished_ms.is_some());
         }
         let (shared, id) = (Arc::clone(&coordinator), job.id.clone());
         let read = tokio::task::spawn_blocking(move || {
@@ -208,8 +207,7 @@ async fn send_logs(
         if !found.is_empty() {
             continue;
         }
-        let settled = ended_ms.is_some_and(|ended| clock::now_ms() > ended + SETTLE_MS);
-        if !query.follow || settled {
+        if !query.follow || ended {
             return;
         }
         tokio::select! {

@@ -86,25 +86,48 @@ impl Observed {
 
     /// How the coordinator is told of it.
     pub fn report(&self) -> SandboxStatus {
-        let status = self.status.as_ref();
-        let stages = Stages {
-            start_ms: status.map_or(0, |s| s.start_ms),
-            run_ms: status.map_or(0, |s| s.run_ms),
-            ..self.record.stages
-        };
-        let id = self.id().to_owned();
-        if let Some(end) = &self.record.end {
-            let End { state, reason, lost, exit, usage } = end.clone();
-            return SandboxStatus { id, state, reason, lost, exit, usage, stages };
+        if let Some(End { state, reason, lost, exit, usage }) = self.record.end.clone() {
+            return SandboxStatus {
+                id: self.id().to_owned(),
+                state,
+                reason,
+                lost,
+                exit,
+                usage,
+                stages: self.stages(),
+            };
         }
+        self.report_ending()
+    }
+
+    /// The same, without its end: for as long as that is not to be told.
+    pub fn report_ending(&self) -> SandboxStatus {
+        let status = self.status.as_ref();
         let state = match status {
+            Some(status) if !status.state.is_terminal() && self.record.end.is_none() => status.state,
             // Its last word counts once the agent has written it down.
-            Some(status) if !status.state.is_terminal() => status.state,
             Some(_) => TaskState::Stopping,
             None if self.was_started() => TaskState::Starting,
             None => TaskState::Preparing,
         };
         let usage = status.map(|s| s.usage).unwrap_or_default();
-        SandboxStatus { id, state, reason: None, lost: false, exit: None, usage, stages }
+        SandboxStatus {
+            id: self.id().to_owned(),
+            state,
+            reason: None,
+            lost: false,
+            exit: None,
+            usage,
+            stages: self.stages(),
+        }
+    }
+
+    fn stages(&self) -> Stages {
+        let status = self.status.as_ref();
+        Stages {
+            start_ms: status.map_or(0, |s| s.start_ms),
+            run_ms: status.map_or(0, |s| s.run_ms),
+            ..self.record.stages
+        }
     }
 }
