@@ -42,7 +42,6 @@ fn longley_agrees_with_nist_in_containers_with_one_to_four_ranks() {
 }
 
 #[test]
-#[ignore = "microVMs now and then hang or crash on emulated hosts"]
 fn longley_agrees_with_nist_in_microvms_with_one_to_four_ranks() {
     longley("microvm");
 }
@@ -73,7 +72,6 @@ fn ordinary_python_fits_a_line_in_a_container_and_leaves_nothing() {
 }
 
 #[test]
-#[ignore = "microVMs now and then hang or crash on emulated hosts"]
 fn ordinary_python_fits_a_line_in_a_microvm_and_leaves_nothing() {
     python("microvm");
 }
