@@ -55,6 +55,14 @@ pub fn guest_bundle() -> anyhow::Result<PathBuf> {
     built("guest/build", &[])
 }
 
+/// The same with the trimmed kernel, for machines smaller than Debian's kernel.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn trimmed_guest_bundle() -> anyhow::Result<PathBuf> {
+    built("guest/build", &["--kernel", "trimmed"])
+}
+
 /// The least-squares image, an OCI archive.
 ///
 /// # Errors

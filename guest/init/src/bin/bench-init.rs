@@ -204,10 +204,17 @@ fn pattern(buffer: &mut [u8], index: u64) {
 fn check_disk(path: &str) -> io::Result<()> {
     let (file, size) = open_direct(path, false)?;
     println!("disk_read {size} {:016x}", sum_of(&file, 0, size)?);
-    let Ok((file, _)) = open_direct(path, true) else {
-        println!("disk_read_only");
-        return Ok(());
-    };
+    match rewrite_half(path, size) {
+        // The open succeeds also where the device says that it is read-only.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => println!("disk_read_only"),
+        result => result?,
+    }
+    Ok(())
+}
+
+/// Writes a pattern over the second half and reads it back.
+fn rewrite_half(path: &str, size: u64) -> io::Result<()> {
+    let (file, _) = open_direct(path, true)?;
     let half = (size / 2).next_multiple_of(ALIGNMENT as u64).min(size);
     let mut buffer = Aligned::new(64 * KIB);
     let mut sum = Sum::new();
