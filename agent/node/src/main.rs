@@ -1,37 +1,4 @@
-//! `lathe-agent`: carves a host into sandboxes, as the coordinator wants them.
-//!
-//! | module | what it does |
-//! | --- | --- |
-//! | [`agent`] | the running agent: its tasks, and what passes between them |
-//! | [`reconcile`] | from desired and observed to the one next thing to do |
-//! | [`sandbox`] | one sandbox: its task and machine, making it, taking it away, observing it |
-//! | [`supervisor`] | the process that each sandbox has of its own; survives the agent |
-//! | [`journal`] | what was begun on the host, written before it is |
-//! | [`images`] | OCI images and datasets as EROFS files |
-//! | [`network`] | bridge, interfaces, routes, filter |
-//! | [`cgroup`] | limits, and the end of everything in a sandbox |
-//! | [`inventory`] | what the host has, and what it can run |
-//! | [`identity`] | the node's key and certificate |
-//! | [`shipping`], [`metrics`] | output and figures on their way out |
-//! | [`manual`] | one sandbox by hand, without a cluster |
-
-mod agent;
-mod beneath;
-mod cgroup;
-mod files;
-mod identity;
-mod images;
-mod inventory;
-mod journal;
-mod loopback;
-mod manual;
-mod metrics;
-mod network;
-mod paths;
-mod reconcile;
-mod sandbox;
-mod shipping;
-mod supervisor;
+//! `lathe-agent`: the program. What it does is in the library.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -41,7 +8,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use paths::Paths;
+use lathe_agent::paths::Paths;
+use lathe_agent::{agent, identity, manual, supervisor};
 
 /// The host agent of Lathe.
 #[derive(Debug, Parser)]
