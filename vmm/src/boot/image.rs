@@ -136,6 +136,13 @@ fn read_up_to(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
 /// The kind of the image that starts with `head` and is `file_size` bytes long, and the first
 /// address it leaves free.
 pub(crate) fn recognise(head: &[u8], file_size: u64) -> Result<(KernelKind, u64), String> {
+    /// Physical addresses have 52 bits at most; later arithmetic relies on a bound.
+    const ADDRESSES_END: u64 = 1 << 52;
+    let (kind, end) = parse(head, file_size)?;
+    if end > ADDRESSES_END { Err(format!("it reaches up to address {end:#x}")) } else { Ok((kind, end)) }
+}
+
+fn parse(head: &[u8], file_size: u64) -> Result<(KernelKind, u64), String> {
     if head.starts_with(b"\x7fELF") {
         return check_elf(head, file_size).map(|end| (KernelKind::Elf, end));
     }
