@@ -15,6 +15,7 @@
 //! | [`identity`] | the node's key and certificate |
 //! | `shipping`, `metrics` | output and figures on their way out |
 //! | [`manual`] | one sandbox by hand, without a cluster |
+//! | [`reset`] | a host as it was before its first agent |
 
 pub mod agent;
 mod beneath;
@@ -30,6 +31,7 @@ mod metrics;
 mod network;
 pub mod paths;
 mod reconcile;
+pub mod reset;
 mod sandbox;
 mod shipping;
 pub mod supervisor;

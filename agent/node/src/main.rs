@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use lathe_agent::paths::Paths;
-use lathe_agent::{agent, identity, manual, supervisor};
+use lathe_agent::{agent, identity, manual, reset, supervisor};
 
 /// The host agent of Lathe.
 #[derive(Debug, Parser)]
@@ -28,6 +28,17 @@ enum Command {
         /// As JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        directories: Directories,
+    },
+    /// Undo what agents made on this host: sandboxes, bridge, filter, cgroups, runtime files.
+    Reset {
+        /// Also remove the state directory: the node's identity, images, datasets, output not yet shipped.
+        #[arg(long)]
+        state: bool,
+        /// End sandboxes that run.
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         directories: Directories,
     },
@@ -148,6 +159,9 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Supervise { dir } => supervisor::main(&dir)?,
         Command::Exec { parent, cgroup, argv } => match supervisor::exec::main(parent, &cgroup, &argv)? {},
         Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
+        Command::Reset { state, force, directories } => {
+            runtime()?.block_on(reset::run(directories.paths()?, state, force))?;
+        }
         Command::Run(arguments) => runtime()?.block_on(agent::run(settings(arguments)?))?,
         Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, directories }) => {
             let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, directories.paths()?))?;
