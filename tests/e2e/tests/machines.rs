@@ -182,10 +182,25 @@ fn read_only_disks_stay_as_they_are_and_bad_machines_are_refused() {
     refuse("kernel", &|vm| vm["boot"]["kernel"] = json!("/t/text"), &["kernel", "/t/text"]);
     refuse("no-kernel", &|vm| vm["boot"]["kernel"] = json!("/t/none"), &["kernel", "/t/none"]);
     refuse("cpus", &|vm| vm["cpus"]["count"] = json!(65), &["cpus", "65", "64"]);
+    refuse("cpus-beyond-host", &|vm| vm["cpus"]["count"] = json!(9), &["cpus.count", "9", "8 CPUs"]);
     refuse("memory", &|vm| vm["memory"]["size"] = json!("900 GiB"), &["memory", "900 GiB"]);
     refuse("field", &|vm| vm["memory"]["sise"] = json!("1 GiB"), &["sise"]);
     let none = json!([{"id": "data", "path": "/t/none", "format": "raw"}]);
     refuse("disk", &|vm| vm["disks"] = none.clone(), &["data", "/t/none"]);
+    let mut first = config(1, "64 MiB", "lathe.end=hang");
+    let used = json!([{"id": "data", "path": "/t/disk", "format": "raw"}]);
+    first["disks"] = used.clone();
+    first["serial"] = json!({"mode": "file", "path": "/t/first"});
+    let path = write(&host, "first", &first);
+    let argv = ["lathe-vmm", "--config", &path, "--api-socket", "/t/first.sock"];
+    let mut holder = host.spawn(argv, "/t/first.log").unwrap();
+    until("the first guest runs", PATIENCE, || {
+        Ok(host.shell("cat /t/first")?.contains("LATHE-INIT-READY").then_some(()))
+    })
+    .unwrap();
+    refuse("disk-in-use", &|vm| vm["disks"] = used.clone(), &["data", "/t/disk", "in use"]);
+    host.check(["lathe", "vm", "control", "kill", "/t/first.sock"]).unwrap();
+    assert_eq!(holder.wait(PATIENCE).unwrap(), Some(lathe_testbed::Status::Exited(12)));
     let tap = json!([{"id": "net0", "tap": "tap99", "mac": "02:00:00:00:09:02"}]);
     refuse("tap", &|vm| vm["networks"] = tap.clone(), &["tap99"]);
     assert_eq!(leftovers::new_since(&before, &leftovers::census(&host).unwrap()), [""; 0]);
