@@ -27,11 +27,15 @@ pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// Runs a build script of images/ and gives what it made: its last line of output. The scripts keep what
-/// they made, so only the first call takes long.
+/// they made, so only the first call takes long. Where nothing can be built, the environment's
+/// `LATHE_ARTEFACTS` names a folder that has it, `guest` for `guest/build`.
 ///
 /// # Errors
 /// When the script fails; its own words are on stderr.
 pub fn built(script: &str, args: &[&str]) -> anyhow::Result<PathBuf> {
+    if let Some(made) = std::env::var_os("LATHE_ARTEFACTS") {
+        return Ok(Path::new(&made).join(script.trim_end_matches("/build")));
+    }
     let path = repository().join("images").join(script);
     let output = Command::new(&path)
         .args(args)

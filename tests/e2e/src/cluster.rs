@@ -1,5 +1,6 @@
-//! A cluster on emulated hosts: the coordinator on this machine, inside the hosts' network, and an
-//! agent on each host. Everything goes when the cluster is dropped.
+//! A cluster: on emulated hosts, with the coordinator on this machine, inside the hosts' network, and an
+//! agent on each host; or all of it on this machine ([`crate::this_machine`]). Everything goes when the
+//! cluster is dropped.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde::de::DeserializeOwned;
 
 use crate::artefacts;
 use crate::leftovers::{self, Census};
+use crate::this_machine::AgentHere;
 use crate::wait::{PATIENCE, until};
 
 /// The coordinator's port in the hosts' network.
@@ -40,8 +42,9 @@ impl Default for Options {
 pub struct Cluster {
     // Fields are dropped in this order: the coordinator ends before its network goes.
     coordinator: Option<Coordinator>,
+    agent_here: Option<AgentHere>,
     hosts: Vec<Host>,
-    bed: Bed,
+    bed: Option<Bed>,
     directory: tempfile::TempDir,
 }
 
@@ -78,17 +81,8 @@ impl Cluster {
     /// # Errors
     /// When a host does not come up.
     pub fn boot(options: &Options) -> anyhow::Result<Self> {
-        let directory = tempfile::Builder::new().prefix("lathe-cluster-").tempdir()?;
-        let bed = Bed::new()?;
-        let data = directory.path().join("coordinator");
-        let output = Command::new(artefacts::binary("lathe-coordinator")?)
-            .arg("init")
-            .arg("--data-dir")
-            .arg(&data)
-            .args(["--address", &format!("{HARNESS_ADDRESS}:{PORT}")])
-            .output()?;
-        ensure!(output.status.success(), "init: {}", String::from_utf8_lossy(&output.stderr));
-
+        let mut cluster = Self::without_nodes(Some(Bed::new()?))?;
+        let data = cluster.data_dir();
         let guest = artefacts::guest_bundle()?;
         let mut files = vec![
             file(guest.join("vmlinuz"), "/usr/lib/lathe/guest/vmlinuz"),
@@ -107,8 +101,39 @@ impl Cluster {
             host.files.clone_from(&files);
             host
         });
-        let hosts = bed.boot_all(descriptions.collect())?;
-        Ok(Self { coordinator: None, hosts, bed, directory })
+        if let Some(bed) = &cluster.bed {
+            cluster.hosts = bed.boot_all(descriptions.collect())?;
+        }
+        Ok(cluster)
+    }
+
+    /// A coordinator and an agent on this machine, which runs the sandboxes itself.
+    ///
+    /// # Errors
+    /// When one does not come up, or an agent runs here already.
+    pub fn start_here() -> anyhow::Result<Self> {
+        let mut cluster = Self::without_nodes(None)?;
+        cluster.start_coordinator()?;
+        cluster.agent_here = Some(AgentHere::start(cluster.scratch(), &cluster.data_dir(), &cluster.url())?);
+        cluster.wait_for_nodes(1).with_context(|| {
+            let log = std::fs::read_to_string(cluster.scratch().join("agent.log"));
+            format!("the agent's log:\n{}", log.unwrap_or_default())
+        })?;
+        Ok(cluster)
+    }
+
+    /// Makes the cluster's keys.
+    fn without_nodes(bed: Option<Bed>) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("lathe-cluster-").tempdir()?;
+        let cluster = Self { coordinator: None, agent_here: None, hosts: Vec::new(), bed, directory };
+        let output = Command::new(artefacts::binary("lathe-coordinator")?)
+            .arg("init")
+            .arg("--data-dir")
+            .arg(cluster.data_dir())
+            .args(["--address", &cluster.address()])
+            .output()?;
+        ensure!(output.status.success(), "init: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(cluster)
     }
 
     /// The coordinator's files: `ca.pem`, `admin.token`, `join.token`.
@@ -121,19 +146,26 @@ impl Cluster {
         self.directory.path()
     }
 
-    /// The hosts' network and this machine's place in it.
-    pub fn bed(&self) -> &Bed {
-        &self.bed
-    }
-
     /// The hosts, n1 first.
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
     }
 
+    /// Where the coordinator listens.
+    fn address(&self) -> String {
+        let address = if self.bed.is_some() { HARNESS_ADDRESS } else { "127.0.0.1" };
+        format!("{address}:{PORT}")
+    }
+
     /// The coordinator's URL.
     pub fn url(&self) -> String {
-        format!("https://{HARNESS_ADDRESS}:{PORT}")
+        format!("https://{}", self.address())
+    }
+
+    /// A command that reaches the coordinator: in the hosts' network, where there is one.
+    fn command(&self, program: &str) -> anyhow::Result<Command> {
+        let program = artefacts::binary(program)?;
+        Ok(self.bed.as_ref().map_or_else(|| Command::new(&program), |bed| bed.command(&program)))
     }
 
     /// Starts the coordinator; its log goes on where an earlier one's ended.
@@ -143,12 +175,11 @@ impl Cluster {
     pub fn start_coordinator(&mut self) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.coordinator_log())?;
         let child = self
-            .bed
-            .command(artefacts::binary("lathe-coordinator")?)
+            .command("lathe-coordinator")?
             .arg("serve")
             .arg("--data-dir")
             .arg(self.data_dir())
-            .args(["--listen", &format!("{HARNESS_ADDRESS}:{PORT}")])
+            .args(["--listen", &self.address()])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -215,7 +246,7 @@ impl Cluster {
     /// # Errors
     /// When it was not built.
     pub fn lathe_command(&self) -> anyhow::Result<Command> {
-        let mut command = self.bed.command(artefacts::binary("lathe")?);
+        let mut command = self.command("lathe")?;
         command
             .env("LATHE_COORDINATOR", self.url())
             .env("LATHE_CA", self.data_dir().join("ca.pem"))
@@ -334,6 +365,7 @@ impl Cluster {
         let directory = artefacts::repository().join("target/failures").join(name);
         let _ = std::fs::create_dir_all(&directory);
         let _ = std::fs::copy(self.coordinator_log(), directory.join("coordinator.log"));
+        let _ = std::fs::copy(self.scratch().join("agent.log"), directory.join("agent.log"));
         for host in &self.hosts {
             let _ = host.save_console(&directory);
             let _ =

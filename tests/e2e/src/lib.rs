@@ -5,6 +5,7 @@
 //! - [`leftovers`]: what a host holds (processes, taps, cgroups, mounts, ...), to be counted before
 //!   and after.
 //! - [`report`] and [`nist`]: what jobs print, and what they should.
+//! - [`this_machine`]: what the demo does where nothing has to be emulated.
 //! - [`tiny_guest`]: a guest of a few bytes.
 //!
 //! Tests are in `tests/`; `demo` and `bench` are programs of this crate that scripts/ calls.
@@ -16,6 +17,7 @@ pub mod cluster;
 pub mod leftovers;
 pub mod nist;
 pub mod report;
+pub mod this_machine;
 pub mod tiny_guest;
 pub mod wait;
 

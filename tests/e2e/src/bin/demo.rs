@@ -1,25 +1,59 @@
-//! The demo: two hosts, a cluster, and a model trained on real data in microVMs and in containers.
+//! The demo: hosts, a cluster, and a model trained on real data in microVMs and in containers.
 //!
+//! The host is this machine where it can be one, else two are emulated; `--hosts` decides otherwise.
 //! Prints what it does and what came out, and writes `target/demo/report.json`. What it starts, it ends.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
+use lathe_api::job::Job;
 use lathe_e2e::artefacts;
-use lathe_e2e::cluster::{Cluster, Options};
-use lathe_e2e::nist;
+use lathe_e2e::cluster::{self, Cluster};
 use lathe_e2e::report::{JobReport, report};
+use lathe_e2e::{nist, this_machine};
 
-/// Rows of the generated dataset.
-const ROWS: &str = "2000000";
+/// Rows of the generated dataset, unless said otherwise.
+const ROWS: u32 = 2_000_000;
 
 /// Digits that a fit of Longley's data must share with NIST's certified values.
 const DIGITS: f64 = 9.0;
 
+/// What the command line chose.
+struct Options {
+    /// Whether this machine is the host; decided by what it can do if `None`.
+    this_machine: Option<bool>,
+    rows: u32,
+    /// Whether the image of a whole Python is part of it.
+    python: bool,
+}
+
+fn parse(mut words: impl Iterator<Item = String>) -> anyhow::Result<Options> {
+    let mut options = Options { this_machine: None, rows: ROWS, python: true };
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--hosts" => match words.next().as_deref() {
+                Some("this-machine") => options.this_machine = Some(true),
+                Some("emulated") => options.this_machine = Some(false),
+                _ => bail!("--hosts takes this-machine or emulated"),
+            },
+            "--rows" => {
+                let rows = words.next().and_then(|word| word.parse().ok()).filter(|rows| *rows >= 100_000);
+                options.rows = rows.context("--rows takes a number from 100000")?;
+            }
+            "--no-python" => options.python = false,
+            _ => bail!(
+                "unknown argument {word:?}; usage: demo [--hosts this-machine|emulated] [--rows N] [--no-python]"
+            ),
+        }
+    }
+    Ok(options)
+}
+
 fn main() -> ExitCode {
-    match run() {
+    match parse(std::env::args().skip(1)).and_then(|options| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("demo: {error:#}");
@@ -28,7 +62,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> anyhow::Result<()> {
+fn run(options: &Options) -> anyhow::Result<()> {
     let demo = Instant::now();
     let directory = artefacts::repository().join("target/demo");
     std::fs::create_dir_all(&directory)?;
@@ -36,35 +70,32 @@ fn run() -> anyhow::Result<()> {
     step("images: the guest's kernel and init, two OCI images");
     artefacts::guest_bundle()?;
     let least_squares = artefacts::least_squares_image()?;
-    let python_ml = artefacts::python_ml_image()?;
+    let python_ml = options.python.then(artefacts::python_ml_image).transpose()?;
 
-    step("datasets: NIST's Longley, and two million generated rows");
+    step(&format!("datasets: NIST's Longley, and {} generated rows", options.rows));
     let generated = directory.join("generated.parquet");
-    let truth = generate(&generated)?;
+    let truth = generate(&generated, options.rows)?;
 
-    step("two emulated hosts (SVM, IOMMU), a coordinator, an agent on each host");
-    let cluster = Cluster::start(&Options::default())?;
+    let cluster = start(options)?;
     show(&cluster, &["node", "list"])?;
 
     step("images and datasets into the cluster");
-    for args in [
-        ["image", "add", "least-squares", path(&least_squares)?],
-        ["image", "add", "python-ml", path(&python_ml)?],
-        ["dataset", "add", "longley", path(&artefacts::longley())?],
-        ["dataset", "add", "generated", path(&generated)?],
-    ] {
-        show(&cluster, &args)?;
+    show(&cluster, &["image", "add", "least-squares", path(&least_squares)?])?;
+    if let Some(python_ml) = &python_ml {
+        show(&cluster, &["image", "add", "python-ml", path(python_ml)?])?;
     }
+    show(&cluster, &["dataset", "add", "longley", path(&artefacts::longley())?])?;
+    show(&cluster, &["dataset", "add", "generated", path(&generated)?])?;
 
     let mut reports = Vec::new();
     for file in ["longley.toml", "generated.toml", "python-ml.toml"] {
+        if file == "python-ml.toml" && !options.python {
+            continue;
+        }
         for class in ["microvm", "container"] {
             step(&format!("lathe job run {file} --class {class}"));
-            let (job, logs) = cluster.run(&artefacts::job(file), &["--class", class])?;
-            for line in logs.lines().filter(|line| !line.contains("RESULT ")) {
-                println!("  {line}");
-            }
-            let report = report(&job, &logs)?;
+            let (job, output) = run_job(&cluster, &artefacts::job(file), class)?;
+            let report = report(&job, &output)?;
             check(&report, &truth)?;
             reports.push(report);
         }
@@ -77,6 +108,25 @@ fn run() -> anyhow::Result<()> {
     print_table(&reports);
     println!("\n{} written; the demo took {} s", path.display(), demo.elapsed().as_secs());
     Ok(())
+}
+
+/// Starts the cluster on this machine or on emulated hosts.
+fn start(options: &Options) -> anyhow::Result<Cluster> {
+    let unfit = this_machine::unfit();
+    match (options.this_machine, unfit) {
+        (Some(true), Some(problem)) => bail!("--hosts this-machine: {problem}"),
+        (Some(true) | None, None) => {
+            step("this machine as the host, a coordinator and an agent on it");
+            Cluster::start_here()
+        }
+        (chosen, unfit) => {
+            step("two emulated hosts (SVM, IOMMU), a coordinator, an agent on each host");
+            if let (None, Some(problem)) = (chosen, unfit) {
+                println!("(this machine cannot be the host: {problem})");
+            }
+            Cluster::start(&cluster::Options::default())
+        }
+    }
 }
 
 fn step(what: &str) {
@@ -95,10 +145,45 @@ fn show(cluster: &Cluster, args: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Runs a job as a person would, its progress and output as they come; the job and its output.
+fn run_job(cluster: &Cluster, file: &Path, class: &str) -> anyhow::Result<(Job, String)> {
+    let mut command = cluster.lathe_command()?;
+    command.args(["job", "run", path(file)?, "--class", class]).stdout(Stdio::piped());
+    let mut child = command.spawn().context("cannot start lathe")?;
+    let mut output = String::new();
+    for line in BufReader::new(child.stdout.take().context("no output")?).lines() {
+        let line = line?;
+        // For programs: every digit of every coefficient, and it is in the report.
+        if !line.contains("RESULT ") {
+            println!("  {line}");
+        }
+        output.push_str(&line);
+        output.push('\n');
+    }
+    let status = child.wait()?;
+    let jobs: Vec<Job> = cluster.json(["job", "list"])?;
+    let job = jobs.into_iter().max_by_key(|job| job.submitted_ms).context("the job is not listed")?;
+    if !status.success() {
+        cluster.save_logs(&job.id);
+        bail!("lathe job run: {status}");
+    }
+    Ok((job, output))
+}
+
 /// Makes the dataset; gives the coefficients it was made with.
-fn generate(to: &Path) -> anyhow::Result<Vec<(String, f64)>> {
+fn generate(to: &Path, rows: u32) -> anyhow::Result<Vec<(String, f64)>> {
     let output = Command::new(artefacts::binary("least-squares")?)
-        .args(["generate", "--rows", ROWS, "--features", "6", "--seed", "1", "--output", path(to)?])
+        .args([
+            "generate",
+            "--rows",
+            &rows.to_string(),
+            "--features",
+            "6",
+            "--seed",
+            "1",
+            "--output",
+            path(to)?,
+        ])
         .output()?;
     ensure!(output.status.success(), "generate: {}", String::from_utf8_lossy(&output.stderr).trim());
     let text = String::from_utf8(output.stdout)?;
