@@ -90,11 +90,8 @@ fn machine(line: &mut Line, host: &HostDescription) {
         line.flag(flag);
     }
     line.add("-display", "none");
-    // A thread for each CPU. QEMU 10.0's VMRUN leaves the vector of an interrupt that it injects in
-    // `exception_index`; a request to leave the CPU loop before the guest's next #VMEXIT delivers it a second
-    // time, also to a guest that has interrupts off, which then takes a lock that it already holds. With one
-    // thread for all CPUs every interrupt to any of them makes such a request: one boot in seven hung.
-    // Only the counted clock needs the one thread, and has a single CPU.
+    // A thread for each CPU: with one for all, an interrupt to any CPU may make QEMU deliver a guest's
+    // interrupt twice (README.md). Only the counted clock needs the one thread, and has a single CPU.
     // Enough translated code for the host's kernel and a guest's, so that neither evicts the other.
     let threads = if host.deterministic { "single" } else { "multi" };
     line.add("-accel", format!("tcg,thread={threads},tb-size=256"));
