@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::time::Instant;
+
 use lathe_api::job::{Job, JobState, TaskState};
 use lathe_api::node::{Node, NodeState};
 use lathe_e2e::cluster::{Cluster, Options};
@@ -102,8 +104,10 @@ fn a_killed_vmm_or_worker_is_reported_and_retried() {
     let second = running(&cluster, &job.id, 2);
     assert_ne!(first.tasks[0].sandbox, second.tasks[0].sandbox, "another attempt is another sandbox");
     // The second loss is one too many, and says so.
+    let dead = Instant::now();
     kill(host, "lathe-vmm --config");
     let lost = cluster.wait_for_job(&job.id).unwrap();
+    println!("a job without VMMs was reported failed after {:.1} s", dead.elapsed().as_secs_f64());
     assert_eq!(lost.state, JobState::Failed);
     assert!(lost.reason.is_some(), "{lost:?}");
     nothing_left(&cluster, &before);
@@ -113,8 +117,10 @@ fn a_killed_vmm_or_worker_is_reported_and_retried() {
     running(&cluster, &job.id, 1);
     kill(host, "least-squares fit");
     running(&cluster, &job.id, 2);
+    let dead = Instant::now();
     kill(host, "least-squares fit");
     let failed = cluster.wait_for_job(&job.id).unwrap();
+    println!("a killed worker's job was reported failed after {:.1} s", dead.elapsed().as_secs_f64());
     assert_eq!(failed.state, JobState::Failed);
     assert_eq!(failed.tasks[0].exit, Some(lathe_api::job::TaskExit::Signal(9)), "{failed:?}");
     nothing_left(&cluster, &before);
@@ -127,6 +133,7 @@ fn microvms_survive_the_agent_and_everything_survives_the_coordinator() {
     for class in ["microvm", "container"] {
         let job = cluster.submit_text(&waiting_job(class, 2, "")).unwrap();
         let first = running(&cluster, &job.id, 1);
+        let dead = Instant::now();
         kill(&cluster.hosts()[0], "lathe-agent run");
         cluster.start_agent(&cluster.hosts()[0]).unwrap();
         until("the node is ready again", PATIENCE, || {
@@ -136,6 +143,7 @@ fn microvms_survive_the_agent_and_everything_survives_the_coordinator() {
         .unwrap();
         let adopted = running(&cluster, &job.id, 1);
         assert_eq!(first.tasks[0].sandbox, adopted.tasks[0].sandbox, "{class}: adopted, not restarted");
+        println!("{class}s were adopted {:.1} s after their agent died", dead.elapsed().as_secs_f64());
 
         let nodes: Vec<Node> = cluster.json(["node", "list"]).unwrap();
         cluster.kill_coordinator();
@@ -156,12 +164,14 @@ fn a_lost_host_is_seen_and_its_gang_runs_elsewhere() {
     let first = running(&cluster, &job.id, 1);
     let node = first.tasks[0].node.clone().unwrap();
     let host = cluster.hosts().iter().find(|host| host.name() == node).unwrap();
+    let dead = Instant::now();
     host.kill();
     until("the node is lost", PATIENCE, || {
         let seen: Node = cluster.json(["node", "show", &node])?;
         Ok((seen.state == NodeState::Lost).then_some(()))
     })
     .unwrap();
+    println!("a host without power was reported lost after {:.1} s", dead.elapsed().as_secs_f64());
     let second = running(&cluster, &job.id, 2);
     assert!(second.tasks.iter().all(|task| task.node.as_deref() != Some(&node)), "{second:?}");
 
