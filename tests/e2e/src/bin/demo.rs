@@ -10,10 +10,14 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use lathe_api::job::Job;
+use lathe_api::node::Node;
 use lathe_e2e::artefacts;
 use lathe_e2e::cluster::{self, Cluster};
 use lathe_e2e::report::{JobReport, report};
 use lathe_e2e::{nist, this_machine};
+
+/// The gang where the cluster has the CPUs for it.
+const RANKS: u32 = 4;
 
 /// Rows of the generated dataset, unless said otherwise.
 const ROWS: u32 = 2_000_000;
@@ -87,14 +91,20 @@ fn run(options: &Options) -> anyhow::Result<()> {
     show(&cluster, &["dataset", "add", "longley", path(&artefacts::longley())?])?;
     show(&cluster, &["dataset", "add", "generated", path(&generated)?])?;
 
+    let nodes: Vec<Node> = cluster.json(["node", "list"])?;
+    let ranks = nodes.iter().map(|node| node.inventory.cpus.online).sum::<u32>().min(RANKS).to_string();
     let mut reports = Vec::new();
     for file in ["longley.toml", "generated.toml", "python-ml.toml"] {
         if file == "python-ml.toml" && !options.python {
             continue;
         }
         for class in ["microvm", "container"] {
-            step(&format!("lathe job run {file} --class {class}"));
-            let (job, output) = run_job(&cluster, &artefacts::job(file), class)?;
+            let mut args = vec!["--class", class];
+            if file != "python-ml.toml" {
+                args.extend(["--tasks", &ranks]);
+            }
+            step(&format!("lathe job run {file} {}", args.join(" ")));
+            let (job, output) = run_job(&cluster, &artefacts::job(file), &args)?;
             let report = report(&job, &output)?;
             check(&report, &truth)?;
             reports.push(report);
@@ -146,9 +156,9 @@ fn show(cluster: &Cluster, args: &[&str]) -> anyhow::Result<()> {
 }
 
 /// Runs a job as a person would, its progress and output as they come; the job and its output.
-fn run_job(cluster: &Cluster, file: &Path, class: &str) -> anyhow::Result<(Job, String)> {
+fn run_job(cluster: &Cluster, file: &Path, args: &[&str]) -> anyhow::Result<(Job, String)> {
     let mut command = cluster.lathe_command()?;
-    command.args(["job", "run", path(file)?, "--class", class]).stdout(Stdio::piped());
+    command.args(["job", "run", path(file)?]).args(args).stdout(Stdio::piped());
     let mut child = command.spawn().context("cannot start lathe")?;
     let mut output = String::new();
     for line in BufReader::new(child.stdout.take().context("no output")?).lines() {
