@@ -172,14 +172,15 @@ impl Reconciler {
         let seen: BTreeMap<&str, &Observed> = found.iter().map(|o| (o.id(), o)).collect();
         let ids: std::collections::BTreeSet<&str> = wishes.keys().chain(seen.keys()).copied().collect();
         for id in ids {
+            let (wish, seen) = (wishes.get(id).copied(), seen.get(id).copied());
             let moment = Moment {
                 informed: desired.is_some(),
                 busy: self.workers.contains_key(id),
-                unshipped: output_waits(id),
+                // Only what is cleaned up may be forgotten; for the others the spool need not be looked at.
+                unshipped: seen.is_some_and(|o| o.record.cleaned) && output_waits(id),
                 now_ms: files::now_ms(),
                 boot_id: &self.host.boot_id,
             };
-            let (wish, seen) = (wishes.get(id).copied(), seen.get(id).copied());
             let action = decide(wish, seen, moment);
             if let Err(error) = self.act(id, action, wish, seen).await {
                 tracing::error!(id, %error, "will be tried again");
