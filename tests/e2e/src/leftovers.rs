@@ -23,6 +23,7 @@ ls -A /run/lathe 2>/dev/null | sed 's/^/run /'
 find /run/lathe /var/lib/lathe -type s 2>/dev/null | sed 's/^/socket /'
 find /var/lib/lathe/sandboxes -mindepth 1 2>/dev/null | sed 's/^/sandbox /'
 ip route | sed 's/^/route /'
+nft list ruleset 2>/dev/null | sed 's/^/nft /'
 "#;
 
 /// What was found: how often each line.
