@@ -11,6 +11,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::ToSchema;
 
+pub use crate::host_address::HostPciAddress;
+
 /// A size in bytes, written with a binary unit: `"512 MiB"`, `"4 GiB"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ToSchema)]
 #[schema(value_type = String, example = "512 MiB")]
@@ -99,6 +101,18 @@ pub struct VmConfig {
     /// Network interfaces, in PCI order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkConfig>,
+    /// PCI devices of the host that the guest gets for itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub passthrough: Vec<PassthroughConfig>,
+    /// How passed-through devices reach guest memory.
+    #[serde(default, skip_serializing_if = "VfioConfig::is_default")]
+    pub vfio: VfioConfig,
+    /// Empty root ports into which devices can be plugged while the guest runs, at most 16.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub hotplug_slots: u8,
+    /// NUMA nodes of the guest, in order; absent means a machine without NUMA.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numa: Vec<NumaNodeConfig>,
     /// Host-guest sockets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -115,6 +129,10 @@ pub struct VmConfig {
 
 fn enabled() -> bool {
     true
+}
+
+fn is_zero(count: &u8) -> bool {
+    *count == 0
 }
 
 /// Kernel, initramfs, command line.
@@ -264,6 +282,92 @@ pub enum VhostMode {
     On,
     /// Always the VMM.
     Off,
+}
+
+/// A PCI function of the host, bound to `vfio-pci`, that the guest gets for itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PassthroughConfig {
+    /// Unique in the machine; names the device in the control API and in metrics.
+    pub id: String,
+    /// The function on the host, as `"0000:65:00.0"`.
+    #[schema(value_type = String, example = "0000:65:00.0")]
+    pub address: HostPciAddress,
+    /// The GPUDirect clique announced to NVIDIA's driver: 0 to 15, or `"off"`. Absent means computed from
+    /// the topology on GPUs of an architecture that has cliques, and none on all others.
+    #[serde(default, skip_serializing_if = "GpuDirectClique::is_default")]
+    pub gpudirect_clique: GpuDirectClique,
+}
+
+/// Which GPUs can reach each other's memory directly, as NVIDIA's driver is told in a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GpuDirectClique {
+    /// Computed from the topology.
+    #[default]
+    Auto,
+    /// The capability is not shown.
+    Off,
+    /// This number, 0 to 15.
+    #[serde(untagged)]
+    Number(u8),
+}
+
+impl GpuDirectClique {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How passed-through devices reach guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VfioConfig {
+    /// The kernel's interface for it.
+    #[serde(default)]
+    pub backend: VfioBackend,
+    /// Whether devices can reach each other's BARs. Where the kernel cannot do it the machine starts
+    /// without, and says so.
+    #[serde(default = "enabled")]
+    pub peer_to_peer: bool,
+}
+
+impl Default for VfioConfig {
+    fn default() -> Self {
+        Self { backend: VfioBackend::Auto, peer_to_peer: true }
+    }
+}
+
+impl VfioConfig {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The kernel's interface to the IOMMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VfioBackend {
+    /// iommufd where the kernel has it, else `container`.
+    #[default]
+    Auto,
+    /// `/dev/iommu` and a character device a function, or fail.
+    Iommufd,
+    /// `/dev/vfio/vfio` and a file an IOMMU group.
+    Container,
+}
+
+/// One NUMA node of the guest: the next `cpus` CPUs and the next `memory` of RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NumaNodeConfig {
+    /// How many CPUs; together all of the machine's.
+    pub cpus: u8,
+    /// How much memory, a multiple of 2 MiB (of the page size with hugepages); together all of the machine's.
+    pub memory: MemorySize,
+    /// The host's node that the memory is taken from, and whose devices are near this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_node: Option<u32>,
 }
 
 /// virtio-vsock with Unix sockets on the host side.

@@ -10,6 +10,7 @@ pub mod check;
 pub mod client;
 pub mod config;
 pub mod exit;
+pub mod host_address;
 pub mod probe;
 
 #[cfg(feature = "monitor")]

@@ -8,7 +8,7 @@ use lathe_api::MemorySize;
 use lathe_api::sandbox::SandboxSpec;
 use lathe_vmm::config::{
     BootConfig, ConsoleConfig, CpuConfig, DiskConfig, DiskFormat, DiskIo, MemoryConfig, NetworkConfig,
-    VhostMode, VmConfig, VsockConfig,
+    VfioConfig, VhostMode, VmConfig, VsockConfig,
 };
 
 use crate::files;
@@ -94,6 +94,10 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
             queue_pairs: 1,
             vhost: VhostMode::Auto,
         }],
+        passthrough: Vec::new(),
+        vfio: VfioConfig::default(),
+        hotplug_slots: 0,
+        numa: Vec::new(),
         // Unique on the host, although each VMM has its own socket: it reads well in a guest's log.
         vsock: Some(VsockConfig { cid: cid(parts.address), socket: parts.vsock.to_owned() }),
         rng: true,

@@ -2,6 +2,8 @@
 //!
 //! Checks against the host (files, memory, CPUs) are made when the machine is prepared.
 
+mod passthrough;
+
 use std::collections::BTreeSet;
 use std::fmt::Display;
 
@@ -56,6 +58,8 @@ impl VmConfig {
         self.check_memory()?;
         self.check_disks()?;
         self.check_networks()?;
+        self.check_passthrough()?;
+        self.check_numa()?;
         self.check_vsock()?;
         self.check_consoles()
     }
@@ -225,6 +229,27 @@ mod tests {
             (
                 r#"{"networks":[{"id":"n","tap":"t","mac":"01:00:00:00:00:01"}]}"#,
                 "networks[0].mac: 01:00:00:00:00:01 is a multicast address",
+            ),
+        ] {
+            assert_eq!(refused(change), message);
+        }
+        for (change, message) in [
+            (
+                r#"{"passthrough":[{"id":"g","address":"0000:01:00.0"},{"id":"h","address":"0000:01:00.0"}]}"#,
+                "passthrough[1].address: 0000:01:00.0 is also passthrough[0]",
+            ),
+            (
+                r#"{"passthrough":[{"id":"g","address":"0000:01:00.0","gpudirect_clique":16}]}"#,
+                "passthrough[0].gpudirect_clique: 16 is not between 0 and 15",
+            ),
+            (r#"{"hotplug_slots":17}"#, "hotplug_slots: 17 is more than 16"),
+            (
+                r#"{"numa":[{"cpus":1,"memory":"64 MiB"}]}"#,
+                "numa: the nodes have 1 CPUs together, cpus.count is 2",
+            ),
+            (
+                r#"{"numa":[{"cpus":2,"memory":"32 MiB"}]}"#,
+                "numa: the nodes have 32 MiB together, memory.size is 64 MiB",
             ),
         ] {
             assert_eq!(refused(change), message);
