@@ -2,6 +2,7 @@
 //! tests implement them on nothing.
 
 use std::io;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -54,4 +55,40 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// What the kernel said.
     fn remove_ioevent(&self, address: u64, event: &EventFd) -> io::Result<()>;
+}
+
+/// A level-triggered line of the I/O APIC that a device asserts, and that the guest's end of interrupt
+/// deasserts. Released when dropped.
+pub trait LevelInterrupt: Send + Sync {
+    /// Asserts the line.
+    fn trigger(&self) -> &EventFd;
+
+    /// Signalled when the guest has served the interrupt: the line is low again, and the device is asked
+    /// whether it still wants it.
+    fn resample(&self) -> &EventFd;
+}
+
+/// What passed-through devices ask beyond [`Hypervisor`]. Callable from any thread.
+pub trait PassthroughHypervisor: Hypervisor {
+    /// A line of the I/O APIC. Several devices may share one.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn level_interrupt(&self, gsi: u32) -> io::Result<Arc<dyn LevelInterrupt>>;
+
+    /// Lets the guest reach `size` bytes at `host` as physical addresses from `guest` on, without exits.
+    /// Returns the slot's number. All three are multiples of 4096.
+    ///
+    /// # Errors
+    /// When the slots are used up, or overlap.
+    ///
+    /// # Safety
+    /// The memory stays mapped, and only a guest or device touches it, until the slot is removed.
+    unsafe fn add_memory_slot(&self, guest: u64, host: NonNull<u8>, size: u64) -> io::Result<u32>;
+
+    /// Undoes [`add_memory_slot`](Self::add_memory_slot); no vCPU reaches the memory any more.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn remove_memory_slot(&self, slot: u32) -> io::Result<()>;
 }

@@ -6,6 +6,9 @@
 //! Without the default feature `monitor` only the description ([`config`]) and the exit codes
 //! remain: that is what the agent and the command line use.
 
+#[cfg(feature = "monitor")]
+use std::io::Write as _;
+
 pub mod check;
 pub mod client;
 pub mod config;
@@ -36,4 +39,13 @@ pub mod pci;
 #[cfg(feature = "monitor")]
 pub mod run;
 #[cfg(feature = "monitor")]
+pub mod vfio;
+#[cfg(feature = "monitor")]
 pub mod virtio;
+
+/// Says on standard error what the machine goes on without. One event a line.
+#[cfg(feature = "monitor")]
+pub(crate) fn notice(message: std::fmt::Arguments<'_>) {
+    // Nobody may read it any more; that is no reason to stop.
+    let _ = writeln!(std::io::stderr(), "lathe-vmm: {message}");
+}

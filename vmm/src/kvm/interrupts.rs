@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
@@ -15,8 +16,9 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::native::layout;
+use super::slots::DeviceSlots;
 use crate::bus::lock;
-use crate::hypervisor::{Hypervisor, MsiMessage, MsiVector};
+use crate::hypervisor::{Hypervisor, LevelInterrupt, MsiMessage, MsiVector, PassthroughHypervisor};
 
 /// KVM's table holds 4096 routes; what a guest can make us allocate stops there.
 const MAX_GSI: u32 = 4095;
@@ -93,12 +95,13 @@ fn message_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
 #[derive(Debug)]
 pub struct KvmHypervisor {
     router: Arc<Router>,
+    slots: DeviceSlots,
 }
 
 impl KvmHypervisor {
     /// For a VM whose irqchip exists.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { router: Arc::new(Router { vm, routes: Mutex::default() }) }
+        Self { slots: DeviceSlots::new(Arc::clone(&vm)), router: Arc::new(Router { vm, routes: Mutex::default() }) }
     }
 
     /// An eventfd that pulses I/O APIC pin `gsi`, edge-triggered.
@@ -132,6 +135,48 @@ impl Hypervisor for KvmHypervisor {
     fn remove_ioevent(&self, address: u64, event: &EventFd) -> io::Result<()> {
         let address = IoEventAddress::Mmio(address);
         self.router.vm.unregister_ioevent(event, &address, NoDatamatch).map_err(error)
+    }
+}
+
+impl PassthroughHypervisor for KvmHypervisor {
+    fn level_interrupt(&self, gsi: u32) -> io::Result<Arc<dyn LevelInterrupt>> {
+        let vm = Arc::clone(&self.router.vm);
+        let (trigger, resample) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+        vm.register_irqfd_with_resample(&trigger, &resample, gsi).map_err(error)?;
+        Ok(Arc::new(KvmLevelInterrupt { vm, gsi, trigger, resample }))
+    }
+
+    unsafe fn add_memory_slot(&self, guest: u64, host: NonNull<u8>, size: u64) -> io::Result<u32> {
+        // SAFETY: the caller promises what this asks for.
+        unsafe { self.slots.add(guest, host, size) }
+    }
+
+    fn remove_memory_slot(&self, slot: u32) -> io::Result<()> {
+        self.slots.remove(slot)
+    }
+}
+
+struct KvmLevelInterrupt {
+    vm: Arc<VmFd>,
+    gsi: u32,
+    trigger: EventFd,
+    resample: EventFd,
+}
+
+impl LevelInterrupt for KvmLevelInterrupt {
+    fn trigger(&self) -> &EventFd {
+        &self.trigger
+    }
+
+    fn resample(&self) -> &EventFd {
+        &self.resample
+    }
+}
+
+impl Drop for KvmLevelInterrupt {
+    fn drop(&mut self) {
+        // It was registered; the kernel has no other reason to refuse.
+        let _ = self.vm.unregister_irqfd(&self.trigger, self.gsi);
     }
 }
 

@@ -2,6 +2,7 @@
 //! devices, and the threads that run vCPUs.
 
 mod interrupts;
+mod slots;
 mod vcpu;
 mod vm;
 

@@ -21,6 +21,8 @@ use crate::hypervisor::Hypervisor;
 use crate::kvm::{Buses, KvmError, KvmHypervisor, Vcpu, VcpuControl, Vm};
 use crate::memory::{self, MemoryError};
 use crate::pci::root::{PciError, Windows};
+use crate::vfio::VfioError;
+use crate::vfio::passthrough::{Context, Opened};
 use crate::virtio::transport::TransportError;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
@@ -48,6 +50,9 @@ pub enum MachineError {
     /// The PCI bus.
     #[error("PCI: {0}")]
     Pci(#[from] PciError),
+    /// A passed-through device.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// A virtio device.
     #[error("virtio: {0}")]
     Transport(#[from] TransportError),
@@ -70,7 +75,7 @@ impl MachineError {
     /// The process's exit status for it.
     pub fn reason(&self) -> ExitReason {
         match self {
-            Self::Memory(_) | Self::Load(_) | Self::Kvm(KvmError::TooManyCpus { .. }) => {
+            Self::Memory(_) | Self::Load(_) | Self::Vfio(_) | Self::Kvm(KvmError::TooManyCpus { .. }) => {
                 ExitReason::BadConfig
             }
             Self::Kvm(KvmError::Unavailable(_) | KvmError::Version(_) | KvmError::Missing(_)) => {
@@ -104,7 +109,7 @@ impl Machine {
     /// # Errors
     /// When the host refuses; nothing is left behind.
     pub fn build(prepared: Prepared, ending: Arc<Ending>) -> Result<Self, MachineError> {
-        let Prepared { config, mut kernel, mut initramfs, serial, devices } = prepared;
+        let Prepared { config, mut kernel, mut initramfs, serial, devices, passthrough } = prepared;
         let memory = memory::allocate(&config.memory)?;
         let vm = Vm::create(&memory, config.cpus.count)?;
         let ram = config.memory.size.bytes();
@@ -134,8 +139,21 @@ impl Machine {
         };
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         add_platform(&buses.ports, &serial, &ending)?;
+        let passthrough = if passthrough.is_empty() {
+            None
+        } else {
+            let context = Context {
+                memory: memory.clone(),
+                hypervisor: Arc::clone(&hypervisor) as _,
+                kvm: Arc::new(vm.vfio_device()?),
+                vfio: config.vfio.clone(),
+            };
+            let described = config.passthrough.iter().cloned();
+            Opened::new(context, described.zip(passthrough).collect())?
+        };
         let hypervisor: Arc<dyn Hypervisor> = hypervisor;
-        let devices = VirtioDevices::attach(devices, &memory, &hypervisor, windows, &buses.mmio)?;
+        let devices =
+            VirtioDevices::attach(devices, &memory, &hypervisor, windows, &buses.mmio, passthrough)?;
         let vcpus = create_vcpus(&vm, topology, cpuid, config.cpus.count, loaded.entry)?;
         Ok(Self { config, ending, buses, vcpus, power_button, serial, devices })
     }

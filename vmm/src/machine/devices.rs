@@ -17,6 +17,7 @@ use crate::config::{ConsoleConfig, VmConfig};
 use crate::devices::ConsoleOutput;
 use crate::hypervisor::Hypervisor;
 use crate::pci::root::{PciRoot, SharedPciDevice, Windows};
+use crate::vfio::passthrough::Opened;
 use crate::virtio::block::Block;
 use crate::virtio::console::Console;
 use crate::virtio::device::{GuestRam, VirtioDevice};
@@ -73,6 +74,7 @@ fn console_input(config: &ConsoleConfig) -> Result<Option<File>, PrepareError> {
 #[derive(Default)]
 pub(super) struct VirtioDevices {
     functions: Vec<(Arc<Mutex<VirtioPci>>, DeviceCounters)>,
+    passthrough: Option<Opened>,
 }
 
 impl VirtioDevices {
@@ -83,6 +85,7 @@ impl VirtioDevices {
         hypervisor: &Arc<dyn Hypervisor>,
         windows: Windows,
         mmio: &Arc<Bus>,
+        mut passthrough: Option<Opened>,
     ) -> Result<Self, MachineError> {
         let mut root = PciRoot::new(windows, Arc::clone(mmio))?;
         let memory = GuestRam::new(memory.clone());
@@ -93,9 +96,18 @@ impl VirtioDevices {
             root.add(Arc::clone(&function) as SharedPciDevice)?;
             functions.push((function, counters));
         }
+        if let Some(opened) = &mut passthrough {
+            for device in opened.devices() {
+                root.add(Arc::clone(&device.pci) as SharedPciDevice)?;
+            }
+            opened.map()?;
+            for device in opened.devices() {
+                lock(&device.pci).wire_pin(16);
+            }
+        }
         let ecam = layout::ECAM;
         mmio.insert(ecam.start, ecam.end - ecam.start, Arc::new(Mutex::new(root)))?;
-        Ok(Self { functions })
+        Ok(Self { functions, passthrough })
     }
 
     /// Stops all work; the vCPUs are stopped already.
@@ -113,7 +125,10 @@ impl VirtioDevices {
     }
 
     /// Ends all work for good, waiting for what is in flight; the vCPUs are stopped already.
-    pub(super) fn stop(&self) {
+    pub(super) fn stop(&mut self) {
+        if let Some(opened) = &mut self.passthrough {
+            opened.stop();
+        }
         for (function, _) in &self.functions {
             lock(function).reset();
         }

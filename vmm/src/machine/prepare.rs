@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use super::devices::{self, Backend};
 use crate::boot::{ImageError, KernelImage};
 use crate::check::FieldError;
-use crate::config::VmConfig;
+use crate::config::{PassthroughConfig, VmConfig};
 use crate::devices::{ConsoleError, ConsoleOutput};
 use crate::exit::ExitReason;
 use crate::memory::{self, MemoryError};
 use crate::probe::{self, KvmSupport};
+use crate::vfio::VfioError;
+use crate::vfio::host::HostDevice;
 use crate::virtio::block::DiskError;
 use crate::virtio::net::NetError;
 use crate::virtio::vsock::VsockSocketError;
@@ -40,6 +42,9 @@ pub enum PrepareError {
     /// The host's side of vsock.
     #[error(transparent)]
     Vsock(#[from] VsockSocketError),
+    /// A passed-through device.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// Standard input, for a console.
     #[error("standard input: {0}")]
     Stdin(#[source] io::Error),
@@ -76,6 +81,7 @@ pub struct Prepared {
     pub(super) initramfs: Option<(PathBuf, File)>,
     pub(super) serial: ConsoleOutput,
     pub(super) devices: Vec<Backend>,
+    pub(super) passthrough: Vec<HostDevice>,
 }
 
 impl Prepared {
@@ -91,8 +97,9 @@ impl Prepared {
         let initramfs = open_initramfs(&config)?;
         check_kvm(&kernel)?;
         let serial = ConsoleOutput::open(&config.serial, "serial")?;
+        let passthrough = find_passthrough(&config)?;
         let devices = devices::open(&config)?;
-        Ok(Self { config, kernel, initramfs, serial, devices })
+        Ok(Self { config, kernel, initramfs, serial, devices, passthrough })
     }
 
     /// The description.
@@ -106,6 +113,13 @@ fn check_cpus(count: u8) -> Result<(), PrepareError> {
     let host = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
     let host = usize::try_from(host).unwrap_or(1);
     if usize::from(count) > host { Err(PrepareError::CpusBeyondHost { count, host }) } else { Ok(()) }
+}
+
+fn find_passthrough(config: &VmConfig) -> Result<Vec<HostDevice>, VfioError> {
+    let find = |(index, device): (usize, &PassthroughConfig)| {
+        HostDevice::find(device.address, &format!("passthrough[{index}].address"))
+    };
+    config.passthrough.iter().enumerate().map(find).collect()
 }
 
 fn open_initramfs(config: &VmConfig) -> Result<Option<(PathBuf, File)>, PrepareError> {

@@ -22,10 +22,6 @@ const INTERRUPT_LINE: usize = 0x3c;
 /// First byte free for capabilities, in both header types.
 const FIRST_CAPABILITY: usize = 0x40;
 
-/// Registers after which a BAR may answer elsewhere: the command register, and the BARs.
-const COMMAND_END: usize = COMMAND + 2;
-const BARS_END: usize = BARS + 6 * 4;
-
 /// Command register: the function answers to its memory BARs (PCIe 6.0 §7.5.1.1.3).
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command register: the function may send memory requests, MSI-X messages included.
@@ -63,7 +59,7 @@ pub struct Identity {
 pub struct Bar {
     /// Index of its first register.
     pub index: u8,
-    /// Size in bytes, a power of two, at least a page.
+    /// Size in bytes, a power of two, at least 16 (PCIe 6.0 §7.5.1.2.1).
     pub size: u64,
     /// Takes two registers and may lie above 4 GiB.
     pub wide: bool,
@@ -171,7 +167,7 @@ impl ConfigSpace {
         let bad = ConfigError::BadBar { index: bar.index, size: bar.size };
         let width = 1 + u8::from(bar.wide);
         let limit = if bar.wide { 1 << 62 } else { 1 << 31 };
-        let fits = bar.size.is_power_of_two() && (4096..=limit).contains(&bar.size);
+        let fits = bar.size.is_power_of_two() && (16..=limit).contains(&bar.size);
         let end = bar.index.checked_add(width).ok_or(bad)?;
         let taken = |other: &Bar| bar.index <= other.index + u8::from(other.wide) && other.index < end;
         if !fits || end > self.bar_registers || self.bars.iter().any(taken) {
@@ -260,13 +256,6 @@ impl ConfigSpace {
         }
     }
 
-    /// Whether a write to `offset..offset + len` may change where BARs answer.
-    pub fn affects_bars(offset: u16, len: usize) -> bool {
-        let start = usize::from(offset);
-        let end = start + len;
-        start < COMMAND_END && end > COMMAND || start < BARS_END && end > BARS
-    }
-
     /// The two bytes at `offset`, for capabilities that watch their registers; zero past the end.
     pub fn u16(&self, offset: usize) -> u16 {
         let mut bytes = [0; 2];
@@ -285,6 +274,15 @@ impl ConfigSpace {
     pub fn set(&mut self, offset: usize, data: &[u8]) {
         if let Some(target) = self.bytes.get_mut(offset..offset + data.len()) {
             target.copy_from_slice(data);
+        }
+    }
+
+    /// Overwrites bytes and says which of their bits the guest may change, for spaces that follow those of
+    /// a device. Past the end: ignored.
+    pub fn define(&mut self, offset: usize, data: &[u8], writable: &[u8]) {
+        self.set(offset, data);
+        if let Some(target) = self.writable.get_mut(offset..offset + writable.len()) {
+            target.copy_from_slice(writable);
         }
     }
 
@@ -360,7 +358,7 @@ mod tests {
         for bad in [bar(1, 4096, true), bar(3, 4096, false), bar(5, 4096, true), bar(6, 4096, false)] {
             assert!(config.add_bar(bad).is_err(), "{bad:?}");
         }
-        for size in [0, 16, 5000, 1 << 32] {
+        for size in [0, 8, 5000, 1 << 32] {
             assert!(config.add_bar(bar(0, size, false)).is_err(), "{size:#x}");
         }
         config.add_bar(bar(0, 1 << 31, false)).unwrap();

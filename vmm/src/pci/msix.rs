@@ -109,6 +109,16 @@ impl Msix {
         false
     }
 
+    /// Whether MSI-X is on at all.
+    pub fn is_enabled(&self) -> bool {
+        self.lock().control & CONTROL_ENABLE != 0
+    }
+
+    /// Whether `vector` exists and nothing masks it.
+    pub fn is_unmasked(&self, vector: u16) -> bool {
+        self.lock().unmasked(usize::from(vector))
+    }
+
     /// Interrupts lost because the host refused a vector or a route.
     pub fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)

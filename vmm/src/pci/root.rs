@@ -168,9 +168,8 @@ impl PciRoot {
         let Some(function) = self.functions.get_mut(&address) else { return };
         let mut device = lock(&function.device);
         device.write_config(offset, data);
-        if ConfigSpace::affects_bars(offset, data.len()) {
-            place(&self.mmio, &self.windows, &function.device, &mut *device, &mut function.placements);
-        }
+        // Also a write elsewhere may move BARs: a reset asked for in a capability takes them away.
+        place(&self.mmio, &self.windows, &function.device, &mut *device, &mut function.placements);
     }
 }
 

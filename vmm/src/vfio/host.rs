@@ -1,0 +1,158 @@
+//! What the host's sysfs says of a function, and whether it can be passed through.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::VfioError;
+use crate::config::HostPciAddress;
+
+const DEVICES: &str = "/sys/bus/pci/devices";
+const VFIO_DRIVER: &str = "vfio-pci";
+/// Base class of bridges.
+const BRIDGE: u32 = 0x06;
+
+/// A function that is bound to `vfio-pci`, as is all of its IOMMU group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostDevice {
+    /// Its address.
+    pub address: HostPciAddress,
+    /// Its directory in sysfs.
+    pub path: PathBuf,
+    /// Its IOMMU group's number.
+    pub group: u32,
+    /// 24-bit class code.
+    pub class: u32,
+    /// Vendor and device ID.
+    pub ids: (u16, u16),
+}
+
+impl HostDevice {
+    /// Looks the function up and checks that it is ours to take. `field` is where it stands in `vm.json`.
+    ///
+    /// # Errors
+    /// Says what is in the way and what to do.
+    pub fn find(address: HostPciAddress, field: &str) -> Result<Self, VfioError> {
+        Self::find_in(Path::new(DEVICES), address, field)
+    }
+
+    fn find_in(devices: &Path, address: HostPciAddress, field: &str) -> Result<Self, VfioError> {
+        let refused = |problem: String| VfioError::Device { field: field.to_owned(), address, problem };
+        let path = devices.join(address.to_string());
+        if !path.exists() {
+            return Err(refused("this host has no such PCI function; `lspci -D` lists them".to_owned()));
+        }
+        let class = number(&path.join("class")).unwrap_or(0);
+        if class >> 16 == BRIDGE {
+            return Err(refused(format!("is a bridge (class {class:06x}), which stays the host's; pass what is behind it")));
+        }
+        let Some(group) = link_name(&path.join("iommu_group")) else {
+            return Err(refused(
+                "has no IOMMU group; turn on VT-d or AMD-Vi in the firmware and boot the host with \
+                 intel_iommu=on (Intel; AMD's is on by default)"
+                    .to_owned(),
+            ));
+        };
+        let bound = link_name(&path.join("driver"));
+        if bound.as_deref() != Some(VFIO_DRIVER) {
+            let now = bound.map_or("no driver".to_owned(), |driver| format!("the driver {driver}"));
+            return Err(refused(format!(
+                "is bound to {now}, not to {VFIO_DRIVER}; bind it first: echo {VFIO_DRIVER} > \
+                 {DEVICES}/{address}/driver_override, unbind it there, and echo {address} > \
+                 /sys/bus/pci/drivers_probe"
+            )));
+        }
+        let others = foreign_members(&path, address);
+        if !others.is_empty() {
+            return Err(refused(format!(
+                "shares IOMMU group {group} with {}, which the host uses; bind all of the group to \
+                 {VFIO_DRIVER}, or move the card to a slot of its own",
+                others.join(" and ")
+            )));
+        }
+        let id = |name: &str| number(&path.join(name)).unwrap_or(0) as u16;
+        let group = group.parse().map_err(|_| refused(format!("its IOMMU group {group:?} is no number")))?;
+        Ok(Self { address, ids: (id("vendor"), id("device")), path, group, class })
+    }
+}
+
+/// Members of the group that a driver of the host's has: neither bridges nor bound to vfio-pci.
+fn foreign_members(path: &Path, address: HostPciAddress) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(path.join("iommu_group/devices")) else { return Vec::new() };
+    let mut foreign: Vec<String> = entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy() != address.to_string())
+        .filter(|entry| number(&entry.path().join("class")).is_none_or(|class| class >> 16 != BRIDGE))
+        .filter_map(|entry| {
+            let driver = link_name(&entry.path().join("driver"))?;
+            let ours = driver == VFIO_DRIVER || driver == "pci-stub";
+            (!ours).then(|| format!("{} (driver {driver})", entry.file_name().to_string_lossy()))
+        })
+        .collect();
+    foreign.sort();
+    foreign
+}
+
+fn link_name(path: &Path) -> Option<String> {
+    Some(fs::read_link(path).ok()?.file_name()?.to_string_lossy().into_owned())
+}
+
+fn number(path: &Path) -> Option<u32> {
+    let text = fs::read_to_string(path).ok()?;
+    u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    struct Host(tempfile::TempDir);
+
+    impl Host {
+        fn add(&self, address: &str, class: &str, group: Option<u32>, driver: Option<&str>) {
+            let path = self.0.path().join("devices").join(address);
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("class"), format!("0x{class}\n")).unwrap();
+            if let Some(driver) = driver {
+                symlink(format!("../drivers/{driver}"), path.join("driver")).unwrap();
+            }
+            if let Some(group) = group {
+                let members = self.0.path().join(format!("groups/{group}/devices"));
+                fs::create_dir_all(&members).unwrap();
+                symlink(self.0.path().join(format!("groups/{group}")), path.join("iommu_group")).unwrap();
+                symlink(&path, members.join(address)).unwrap();
+            }
+        }
+
+        fn find(&self, address: &str) -> Result<HostDevice, String> {
+            let address = address.parse().unwrap();
+            HostDevice::find_in(&self.0.path().join("devices"), address, "passthrough[0].address")
+                .map_err(|error| error.to_string())
+        }
+    }
+
+    #[test]
+    fn a_function_is_refused_with_the_reason_and_the_way_out() {
+        let host = Host(tempfile::tempdir().unwrap());
+        host.add("0000:01:00.0", "030000", Some(4), Some("vfio-pci"));
+        host.add("0000:02:00.0", "010802", Some(5), Some("nvme"));
+        host.add("0000:03:00.0", "060400", Some(6), Some("pcieport"));
+        host.add("0000:04:00.0", "020000", None, Some("e1000e"));
+        host.add("0000:05:01.0", "00ff00", Some(7), Some("vfio-pci"));
+        host.add("0000:05:02.0", "020000", Some(7), Some("e1000e"));
+        host.add("0000:05:00.0", "060400", Some(7), Some("pcieport"));
+        let found = host.find("0000:01:00.0").unwrap();
+        assert_eq!((found.group, found.class), (4, 0x03_00_00));
+        for (address, words) in [
+            ("0000:09:00.0", "passthrough[0].address: 0000:09:00.0: this host has no such PCI function"),
+            ("0000:02:00.0", "is bound to the driver nvme, not to vfio-pci; bind it first"),
+            ("0000:03:00.0", "is a bridge (class 060400)"),
+            ("0000:04:00.0", "has no IOMMU group; turn on VT-d or AMD-Vi"),
+            ("0000:05:01.0", "shares IOMMU group 7 with 0000:05:02.0 (driver e1000e), which the host uses"),
+        ] {
+            let message = host.find(address).unwrap_err();
+            assert!(message.contains(words), "{message}");
+            assert!(!message.contains('\n'));
+        }
+    }
+}

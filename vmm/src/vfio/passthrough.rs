@@ -1,0 +1,207 @@
+//! The passed-through devices of one machine, from opening to giving back.
+//!
+//! The order matters and is kept by the types: [`Opened`] has its devices open and reset, so that what the
+//! IOMMU translates is known before BARs are placed; [`Opened::map`] then maps guest memory, once for all.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vfio_ioctls::VfioDeviceFd;
+use vm_memory::GuestMemoryMmap;
+
+use super::VfioError;
+use super::device::VfioPci;
+use super::dma::Dma;
+use super::host::HostDevice;
+use super::interrupts::InterruptCounters;
+use super::iommu::{self, Iommu};
+use super::kernel::KernelFunction;
+use super::reset::{self, ResetReport};
+use crate::bus::lock;
+use crate::config::{PassthroughConfig, VfioConfig};
+use crate::hypervisor::PassthroughHypervisor;
+
+/// A function open and reset, with its place in the machine's description.
+pub struct Device {
+    /// As described.
+    pub config: PassthroughConfig,
+    /// As the host sees it.
+    pub host: HostDevice,
+    /// As the guest's bus sees it.
+    pub pci: Arc<Mutex<VfioPci>>,
+    /// How it was reset before the guest got it.
+    pub reset: ResetReport,
+    /// What its interrupts did.
+    pub interrupts: Arc<InterruptCounters>,
+    kernel: Arc<KernelFunction>,
+}
+
+/// How long each stage of giving devices to a machine took; the agent's binding comes before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttachTimes {
+    /// Opening the devices and reading what they have.
+    pub open: Duration,
+    /// Resetting them.
+    pub reset: Duration,
+    /// Providing guest memory.
+    pub populate: Duration,
+    /// Pinning it and writing the IOMMU's tables.
+    pub map: Duration,
+    /// Mapping BARs into the VMM.
+    pub bar_map: Duration,
+}
+
+impl AttachTimes {
+    /// The stages' names and times, in order.
+    pub fn stages(&self) -> [(&'static str, Duration); 5] {
+        [
+            ("open", self.open),
+            ("reset", self.reset),
+            ("populate", self.populate),
+            ("map", self.map),
+            ("bar_map", self.bar_map),
+        ]
+    }
+}
+
+/// What devices are opened with.
+#[derive(Clone)]
+pub struct Context {
+    /// The machine's memory.
+    pub memory: GuestMemoryMmap,
+    /// Its hypervisor.
+    pub hypervisor: Arc<dyn PassthroughHypervisor>,
+    /// The VM's VFIO device.
+    pub kvm: Arc<VfioDeviceFd>,
+    /// How devices reach memory.
+    pub vfio: VfioConfig,
+}
+
+/// The devices of a machine: open, reset, in one I/O address space.
+pub struct Opened {
+    iommu: Arc<dyn Iommu>,
+    dma: Option<Arc<Dma>>,
+    devices: Vec<Device>,
+    times: AttachTimes,
+    context: Context,
+}
+
+impl Opened {
+    /// Opens and resets `devices`, of which there is one at least.
+    ///
+    /// # Errors
+    /// When one is in use, cannot be reset, or the kernel refuses; those opened before are closed again.
+    pub fn new(context: Context, devices: Vec<(PassthroughConfig, HostDevice)>) -> Result<Option<Self>, VfioError> {
+        let Some((_, first)) = devices.first() else { return Ok(None) };
+        let iommu = iommu::open(context.vfio.backend, first, Arc::clone(&context.kvm))?;
+        let mut opened =
+            Self { iommu, dma: None, devices: Vec::new(), times: AttachTimes::default(), context };
+        let start = Instant::now();
+        let mut kernels = Vec::with_capacity(devices.len());
+        for (index, (_, host)) in devices.iter().enumerate() {
+            kernels.push(opened.open(host, &format!("passthrough[{index}].address"))?);
+        }
+        opened.times.open = start.elapsed();
+        // All are open before the first is reset: a bus is reset only if all on it are ours.
+        let groups: Vec<u32> = devices.iter().map(|(_, host)| host.group).collect();
+        for ((config, host), kernel) in devices.into_iter().zip(kernels) {
+            opened.add(config, host, kernel, &groups, &[])?;
+        }
+        Ok(Some(opened))
+    }
+
+    fn open(&self, host: &HostDevice, field: &str) -> Result<Arc<KernelFunction>, VfioError> {
+        let device = self.iommu.open(host).map_err(|error| {
+            let cause = iommu::cause(&error);
+            let problem = match (cause.raw_os_error(), &error) {
+                (Some(libc::EBUSY), _) => "is in use by another process".to_owned(),
+                (_, vfio_ioctls::VfioError::GroupViable) => {
+                    format!("a driver of the host has another function of IOMMU group {}", host.group)
+                }
+                _ => format!("cannot be opened with {}: {cause}", self.iommu.name()),
+            };
+            VfioError::Device { field: field.to_owned(), address: host.address, problem }
+        })?;
+        Ok(Arc::new(KernelFunction::new(Arc::new(device))))
+    }
+
+    fn add(
+        &mut self,
+        config: PassthroughConfig,
+        host: HostDevice,
+        kernel: Arc<KernelFunction>,
+        groups: &[u32],
+        running: &[crate::config::HostPciAddress],
+    ) -> Result<(), VfioError> {
+        let reset = reset::reset(&host, &kernel, &*self.iommu, groups, running)?;
+        self.times.reset += reset.duration;
+        let start = Instant::now();
+        let hypervisor = Arc::clone(&self.context.hypervisor);
+        let mut pci = VfioPci::new(Arc::clone(&kernel) as _, kernel.parts(), hypervisor)
+            .map_err(|source| VfioError::Config { address: host.address, source })?;
+        self.times.open += start.elapsed();
+        let start = Instant::now();
+        pci.map_bars(&kernel).map_err(VfioError::kernel(format!("mapping the BARs of {}", host.address)))?;
+        self.times.bar_map += start.elapsed();
+        let interrupts = pci.interrupt_counters();
+        let pci = Arc::new(Mutex::new(pci));
+        self.devices.push(Device { config, host, pci, reset, interrupts, kernel });
+        Ok(())
+    }
+
+    /// The devices, in the order of the description.
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// The kernel's interface in use.
+    pub fn backend(&self) -> &'static str {
+        self.iommu.name()
+    }
+
+    /// How long the stages took so far.
+    pub fn times(&self) -> AttachTimes {
+        self.times
+    }
+
+    /// The addresses that all devices reach; empty where the kernel does not say.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn apertures(&self) -> Result<Vec<Range<u64>>, VfioError> {
+        self.iommu.apertures().map_err(VfioError::kernel("asking what addresses the IOMMU translates"))
+    }
+
+    /// Maps guest memory for all devices, and lets them reach each other if that is wanted.
+    ///
+    /// # Errors
+    /// When limits or the kernel do not allow it.
+    pub fn map(&mut self) -> Result<(), VfioError> {
+        let peers = self.context.vfio.peer_to_peer;
+        let (dma, times) = Dma::map(Arc::clone(&self.iommu), &self.context.memory, peers)?;
+        (self.times.populate, self.times.map) = (times.populate, times.map);
+        let dma = Arc::new(dma);
+        for device in &self.devices {
+            lock(&device.pci).set_dma(Some(Arc::clone(&dma)));
+        }
+        self.dma = Some(dma);
+        Ok(())
+    }
+
+    /// Ends all DMA and interrupts, and resets the devices so that nothing of the guest is left running in
+    /// them. What cannot be reset is said; the host's agent resets again before it gives a device on.
+    pub fn stop(&mut self) {
+        let groups: Vec<u32> = self.devices.iter().map(|device| device.host.group).collect();
+        for device in &self.devices {
+            lock(&device.pci).set_dma(None);
+            lock(&device.pci).quiesce();
+        }
+        for device in self.devices.drain(..) {
+            if let Err(error) = reset::reset(&device.host, &device.kernel, &*self.iommu, &groups, &[]) {
+                crate::notice(format_args!("{}: after use: {error}", device.host.address));
+            }
+        }
+        self.dma = None;
+    }
+}
