@@ -67,6 +67,15 @@ pub fn trimmed_guest_bundle() -> anyhow::Result<PathBuf> {
     built("guest/build", &["--kernel", "trimmed"])
 }
 
+/// The same with the kernel for tests of passthrough, and with the init that drives passed-through devices as
+/// `device-initramfs`.
+///
+/// # Errors
+/// When it cannot be built.
+pub fn device_guest_bundle() -> anyhow::Result<PathBuf> {
+    built("guest/build", &["--kernel", "devices"])
+}
+
 /// The least-squares image, an OCI archive.
 ///
 /// # Errors

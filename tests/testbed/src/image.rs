@@ -1,5 +1,5 @@
-//! What a host boots: Debian's kernel and the base archive, both from images/host/build's cache, and
-//! a second archive with PID 1 and the files of this host. The kernel unpacks one after the other.
+//! What a host boots: a kernel and the base archive, from the caches of images/, and a second archive with
+//! PID 1 and the files of this host. The kernel unpacks one after the other.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use crate::description::{HostDescription, HostFile};
+use crate::description::{HostDescription, HostFile, KernelFlavour};
 
 /// Why there is nothing to boot.
 #[derive(Debug, thiserror::Error)]
@@ -58,13 +58,17 @@ pub fn binary(name: &str) -> Option<PathBuf> {
     places.into_iter().map(|place| place.join(name)).find(|path| path.is_file())
 }
 
-/// Runs an image build script; the directory it prints.
+/// Runs an image build script with arguments; the directory it prints.
 ///
 /// # Errors
 /// [`ImageError::Build`] with the end of the script's messages.
-pub fn build(script: &Path) -> Result<PathBuf, ImageError> {
+pub fn build(script: &Path, arguments: &[&str]) -> Result<PathBuf, ImageError> {
     let failed = |message: String| ImageError::Build { script: script.to_owned(), message };
-    let output = Command::new(script).stdin(Stdio::null()).output().map_err(|e| failed(e.to_string()))?;
+    let output = Command::new(script)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| failed(e.to_string()))?;
     let last = |bytes: &[u8]| String::from_utf8_lossy(bytes).lines().last().unwrap_or_default().to_owned();
     if !output.status.success() {
         return Err(failed(last(&output.stderr)));
@@ -86,7 +90,7 @@ pub fn installed_files() -> Result<Vec<HostFile>, ImageError> {
     }
     let script = repository().join("images/guest/build");
     if script.exists() {
-        let bundle = build(&script)?;
+        let bundle = build(&script, &[])?;
         for name in ["vmlinuz", "initramfs"] {
             files.push(HostFile { local: bundle.join(name), remote: format!("/usr/lib/lathe/guest/{name}") });
         }
@@ -100,8 +104,21 @@ pub(crate) fn base() -> Result<PathBuf, ImageError> {
     if let Some(base) = BASE.get() {
         return Ok(base.clone());
     }
-    let base = build(&repository().join("images/host/build"))?;
+    let base = build(&repository().join("images/host/build"), &[])?;
     Ok(BASE.get_or_init(|| base).clone())
+}
+
+/// The image that a host boots.
+pub(crate) fn kernel(base: &Path, host: &HostDescription) -> Result<PathBuf, ImageError> {
+    if let Some(kernel) = &host.kernel {
+        return Ok(kernel.clone());
+    }
+    Ok(match host.kernel_flavour {
+        KernelFlavour::Debian => base.join("vmlinux"),
+        KernelFlavour::Iommufd => {
+            build(&repository().join("images/kernel/build"), &["host"])?.join("vmlinux")
+        }
+    })
 }
 
 /// Writes the whole initramfs of a host to `to`.

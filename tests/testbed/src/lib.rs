@@ -38,7 +38,7 @@ pub mod supervisor;
 
 pub use bed::{Bed, HARNESS_ADDRESS};
 pub use channel::ChannelError;
-pub use description::{HostDescription, HostFile, Iommu, NumaNode};
+pub use description::{HostDescription, HostFile, Iommu, KernelFlavour, NumaNode};
 pub use error::Error;
 pub use frame::{Status, Stream};
 pub use host::Host;
