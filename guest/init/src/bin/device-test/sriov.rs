@@ -18,9 +18,10 @@ const VIRTUALIZATION_MANAGEMENT: u8 = 0x1c;
 /// Class of an NVMe controller.
 const CLASS: u32 = 0x01_08_02;
 
-/// Resources by type: queues, of which one is for administration, and interrupts.
+/// Resources by type, and how many a function gets: pairs of queues, one of them for administration, and
+/// interrupts.
 const QUEUES: (u32, u16) = (0, 3);
-const INTERRUPTS: (u32, u16) = (1, 2);
+const INTERRUPTS: (u32, u16) = (1, 3);
 
 /// What is done to a controller's resources.
 #[derive(Clone, Copy)]

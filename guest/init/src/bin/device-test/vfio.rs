@@ -104,10 +104,8 @@ impl VfioDevice {
         let (container, group) = (open("/dev/vfio/vfio")?, open(&group)?);
         let raw = container.as_raw_fd();
         // SAFETY: the argument points to a descriptor that lives over the call.
-        call(
-            unsafe { libc::ioctl(group.as_raw_fd(), GROUP_SET_CONTAINER, &raw const raw) },
-            "setting the container",
-        )?;
+        let result = unsafe { libc::ioctl(group.as_raw_fd(), GROUP_SET_CONTAINER, &raw const raw) };
+        call(result, "setting the container")?;
         // SAFETY: the argument is a number.
         call(unsafe { libc::ioctl(raw, SET_IOMMU, NO_IOMMU) }, "choosing no IOMMU")?;
         let name = std::ffi::CString::new(device.address.as_str())
