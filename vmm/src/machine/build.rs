@@ -76,9 +76,11 @@ impl MachineError {
     /// The process's exit status for it.
     pub fn reason(&self) -> ExitReason {
         match self {
-            Self::Memory(_) | Self::Load(_) | Self::Kvm(KvmError::TooManyCpus { .. }) => {
-                ExitReason::BadConfig
-            }
+            Self::Memory(_)
+            | Self::Numa(_)
+            | Self::Load(_)
+            | Self::Kvm(KvmError::TooManyCpus { .. })
+            | Self::Pci(PciError::Placement(_)) => ExitReason::BadConfig,
             Self::Kvm(KvmError::Unavailable(_) | KvmError::Version(_) | KvmError::Missing(_)) => {
                 ExitReason::Unsupported
             }

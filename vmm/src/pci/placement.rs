@@ -57,7 +57,8 @@ pub struct Space {
 impl Space {
     /// What of `windows` lies in `allowed`: the ranges that the IOMMU translates. `None`: all of it.
     pub fn new(windows: &Windows, allowed: Option<&[Range<u64>]>) -> Self {
-        let mut sorted = allowed.map_or_else(|| Vec::from_iter([0..u64::MAX]), <[_]>::to_vec);
+        let all = 0..u64::MAX;
+        let mut sorted = allowed.unwrap_or(std::slice::from_ref(&all)).to_vec();
         sorted.sort_by_key(|range| range.start);
         let within = |window: &Range<u64>| {
             let cut = |range: &Range<u64>| range.start.max(window.start)..range.end.min(window.end);

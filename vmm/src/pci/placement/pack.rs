@@ -61,7 +61,8 @@ impl<T> Block<T> {
         // No more than this is ever needed; the sum of sizes and gaps fits, or nothing would.
         let end =
             items.iter().fold(0_u64, |sum, item| sum.saturating_add(item.size).saturating_add(item.align));
-        let mut free = Free(Vec::from_iter([0..end]));
+        let whole = 0..end;
+        let mut free = Free(vec![whole]);
         let mut size = 0;
         let mut placed = Vec::with_capacity(items.len());
         for item in items {

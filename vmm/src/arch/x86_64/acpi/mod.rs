@@ -178,12 +178,7 @@ mod tests {
     use std::ops::Range;
 
     fn bridge(buses: (u8, u8), low: Range<u64>, high: Range<u64>) -> RootBridge {
-        let place = HostBridgePlace {
-            buses,
-            low: Vec::from_iter([low]),
-            high: Vec::from_iter([high]),
-            port_devices: Vec::new(),
-        };
+        let place = HostBridgePlace { buses, low: vec![low], high: vec![high], port_devices: Vec::new() };
         RootBridge { numa_node: None, place }
     }
 
@@ -201,7 +196,8 @@ mod tests {
         (first.numa_node, second.numa_node) = (Some(0), Some(1));
         second.place.port_devices = vec![16, 17];
         machine.host_bridges = vec![first, second];
-        let low = NumaNode { cpus: 0..2, memory: Vec::from_iter([0..2 << 30]), distances: vec![10, 21] };
+        let memory = 0..2 << 30;
+        let low = NumaNode { cpus: 0..2, memory: vec![memory.clone()], distances: vec![10, 21] };
         let ranges = vec![2 << 30..3 << 30, 4 << 30..5 << 30];
         let high = NumaNode { cpus: 2..3, memory: ranges, distances: vec![21, 10] };
         machine.nodes = vec![low, high];
@@ -247,8 +243,10 @@ mod tests {
         for bridge in &mut largest.host_bridges {
             bridge.place.port_devices = (16..32).collect();
         }
-        largest.nodes =
-            vec![NumaNode { cpus: 0..2, memory: Vec::from_iter([0..2 << 30]), distances: vec![20; 32] }; 32];
+        largest.nodes = vec![numa_description().nodes[0].clone(); 32];
+        for node in &mut largest.nodes {
+            node.distances = vec![20; 32];
+        }
         for table in tables(&description(64)).into_iter().chain(tables(&largest)) {
             let sum = table.bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
             assert_eq!(sum, 0, "{}", name(&table));
