@@ -35,6 +35,8 @@ pub mod machine;
 #[cfg(feature = "monitor")]
 pub mod memory;
 #[cfg(feature = "monitor")]
+pub mod numa;
+#[cfg(feature = "monitor")]
 pub mod pci;
 #[cfg(feature = "monitor")]
 pub mod run;

@@ -1,12 +1,14 @@
 //! Building: memory, VM, kernel, tables, devices, CPUs, in this order.
 
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::VirtioDevices;
+use super::pci;
 use super::running::{Controls, Parts};
 use super::{Ending, Prepared, RunningMachine};
 use crate::arch::native::registers::{self, Entry};
@@ -20,7 +22,8 @@ use crate::exit::ExitReason;
 use crate::hypervisor::Hypervisor;
 use crate::kvm::{Buses, KvmError, KvmHypervisor, Vcpu, VcpuControl, Vm};
 use crate::memory::{self, MemoryError};
-use crate::pci::root::{PciError, Windows};
+use crate::numa::{self, NumaError};
+use crate::pci::root::PciError;
 use crate::vfio::VfioError;
 use crate::vfio::passthrough::{Context, Opened};
 use crate::virtio::transport::TransportError;
@@ -32,6 +35,9 @@ pub enum MachineError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// NUMA nodes.
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -75,9 +81,12 @@ impl MachineError {
     /// The process's exit status for it.
     pub fn reason(&self) -> ExitReason {
         match self {
-            Self::Memory(_) | Self::Load(_) | Self::Vfio(_) | Self::Kvm(KvmError::TooManyCpus { .. }) => {
-                ExitReason::BadConfig
-            }
+            Self::Memory(_)
+            | Self::Vfio(_)
+            | Self::Numa(_)
+            | Self::Load(_)
+            | Self::Kvm(KvmError::TooManyCpus { .. })
+            | Self::Pci(PciError::Placement(_)) => ExitReason::BadConfig,
             Self::Kvm(KvmError::Unavailable(_) | KvmError::Version(_) | KvmError::Missing(_)) => {
                 ExitReason::Unsupported
             }
@@ -111,6 +120,7 @@ impl Machine {
     pub fn build(prepared: Prepared, ending: Arc<Ending>) -> Result<Self, MachineError> {
         let Prepared { config, mut kernel, mut initramfs, serial, devices, passthrough } = prepared;
         let memory = memory::allocate(&config.memory)?;
+        numa::bind(&memory, &config.numa)?;
         let vm = Vm::create(&memory, config.cpus.count)?;
         let ram = config.memory.size.bytes();
         let initramfs = initramfs.as_mut().map(|(path, file)| (path.as_path(), file));
@@ -119,13 +129,18 @@ impl Machine {
         let topology = Topology::of(&config.cpus);
         let cpuid = CpuIdTemplate::of_host(&vm.kvm, topology)
             .map_err(|source| KvmError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
-        let pci_mmio64 = layout::pci_mmio64(ram, cpuid.physical_bits());
-        let windows = Windows { low: layout::PCI_MMIO32, high: pci_mmio64.clone() };
-        let description = acpi::Description { cpus: config.cpus.count, topology, pci_mmio64 };
+        let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm.fd)));
+        let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        let pci = pci::root(&config, cpuid.physical_bits(), &hypervisor, &buses.mmio)?;
+        let description = acpi::Description {
+            cpus: config.cpus.count,
+            topology,
+            host_bridges: lock(&pci).host_bridges().to_vec(),
+            nodes: numa::nodes(&config.numa, Path::new(numa::HOST_NODES)),
+        };
         acpi::write(&memory, &description)?;
         write_boot_protocol(&memory, ram, &loaded)?;
 
-        let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm.fd)));
         let pin = |gsi| hypervisor.pin(gsi).map_err(MachineError::host("an interrupt pin"));
         let power_button = pin(layout::EVENT_GSI)?;
         let output_only = config.serial != ConsoleConfig::Stdio;
@@ -137,7 +152,6 @@ impl Machine {
                 .map_err(MachineError::host("the serial port"))?;
             SerialPort { device: Arc::new(Mutex::new(device)), drained: Some(drained) }
         };
-        let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         add_platform(&buses.ports, &serial, &ending)?;
         let passthrough = if passthrough.is_empty() {
             None
@@ -152,8 +166,7 @@ impl Machine {
             Opened::new(context, described.zip(passthrough).collect())?
         };
         let hypervisor: Arc<dyn Hypervisor> = hypervisor;
-        let devices =
-            VirtioDevices::attach(devices, &memory, &hypervisor, windows, &buses.mmio, passthrough)?;
+        let devices = VirtioDevices::attach(devices, &memory, &hypervisor, &pci)?;
         let vcpus = create_vcpus(&vm, topology, cpuid, config.cpus.count, loaded.entry)?;
         Ok(Self { config, ending, buses, vcpus, power_button, serial, devices })
     }

@@ -11,13 +11,11 @@ use vm_memory::GuestMemoryMmap;
 
 use super::counters::DeviceCounters;
 use super::{MachineError, PrepareError};
-use crate::arch::native::layout;
-use crate::bus::{Bus, lock};
+use crate::bus::lock;
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::devices::ConsoleOutput;
 use crate::hypervisor::Hypervisor;
-use crate::pci::root::{PciRoot, SharedPciDevice, Windows};
-use crate::vfio::passthrough::Opened;
+use crate::pci::root::{PciRoot, SharedPciDevice};
 use crate::virtio::block::Block;
 use crate::virtio::console::Console;
 use crate::virtio::device::{GuestRam, VirtioDevice};
@@ -78,36 +76,22 @@ pub(super) struct VirtioDevices {
 }
 
 impl VirtioDevices {
-    /// Puts `backends` on a root complex, and that on `mmio`.
+    /// Puts `backends` on bus 0.
     pub(super) fn attach(
         backends: Vec<Backend>,
         memory: &GuestMemoryMmap,
         hypervisor: &Arc<dyn Hypervisor>,
-        windows: Windows,
-        mmio: &Arc<Bus>,
-        mut passthrough: Option<Opened>,
+        root: &Mutex<PciRoot>,
     ) -> Result<Self, MachineError> {
-        let mut root = PciRoot::new(windows, Arc::clone(mmio))?;
         let memory = GuestRam::new(memory.clone());
         let mut functions = Vec::with_capacity(backends.len());
         for Backend { device, counters } in backends {
             let function = VirtioPci::new(device, memory.clone(), Arc::clone(hypervisor))?;
             let function = Arc::new(Mutex::new(function));
-            root.add(Arc::clone(&function) as SharedPciDevice)?;
+            lock(root).add(Arc::clone(&function) as SharedPciDevice)?;
             functions.push((function, counters));
         }
-        if let Some(opened) = &mut passthrough {
-            for device in opened.devices() {
-                root.add(Arc::clone(&device.pci) as SharedPciDevice)?;
-            }
-            opened.map()?;
-            for device in opened.devices() {
-                lock(&device.pci).wire_pin(16);
-            }
-        }
-        let ecam = layout::ECAM;
-        mmio.insert(ecam.start, ecam.end - ecam.start, Arc::new(Mutex::new(root)))?;
-        Ok(Self { functions, passthrough })
+        Ok(Self { functions })
     }
 
     /// Stops all work; the vCPUs are stopped already.

@@ -7,6 +7,7 @@ mod build;
 mod counters;
 mod devices;
 mod ending;
+mod pci;
 mod prepare;
 mod running;
 mod terminal;

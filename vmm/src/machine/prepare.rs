@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::devices::{self, Backend};
 use crate::boot::{ImageError, KernelImage};
@@ -11,6 +11,7 @@ use crate::config::{PassthroughConfig, VmConfig};
 use crate::devices::{ConsoleError, ConsoleOutput};
 use crate::exit::ExitReason;
 use crate::memory::{self, MemoryError};
+use crate::numa::{self, NumaError};
 use crate::probe::{self, KvmSupport};
 use crate::vfio::VfioError;
 use crate::vfio::host::HostDevice;
@@ -30,6 +31,9 @@ pub enum PrepareError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// NUMA nodes.
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     /// A console's file.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -93,6 +97,7 @@ impl Prepared {
         config.check()?;
         check_cpus(config.cpus.count)?;
         memory::check_host(&config.memory)?;
+        numa::check_host(&config.numa, config.memory.hugepages, Path::new(numa::HOST_NODES))?;
         let kernel = KernelImage::open(&config.boot.kernel)?;
         let initramfs = open_initramfs(&config)?;
         check_kvm(&kernel)?;

@@ -19,6 +19,8 @@ const BARS: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+/// The expansion ROM's BAR, in type 0 and type 1 headers.
+const ROM_BARS: [usize; 2] = [0x30, 0x38];
 /// First byte free for capabilities, in both header types.
 const FIRST_CAPABILITY: usize = 0x40;
 
@@ -36,6 +38,15 @@ pub const CAP_VENDOR: u8 = 0x09;
 pub const CAP_EXPRESS: u8 = 0x10;
 /// MSI-X capability (PCIe 6.0 §7.7.2).
 pub const CAP_MSIX: u8 = 0x11;
+
+/// Index that stands for the expansion ROM, which has a register of its own (PCIe 6.0 §7.5.1.2.4).
+pub const ROM_BAR: u8 = 6;
+/// Expansion ROM BAR: the ROM answers, if memory decoding is on as well.
+const ROM_ENABLE: u32 = 1;
+/// Address bits of an expansion ROM BAR: those from bit 11 up.
+const ROM_SIZE_MIN: u64 = 1 << 11;
+/// Memory BARs have 28 address bits at most (PCIe 6.0 §7.5.1.2.1).
+const BAR_SIZE_MIN: u64 = 16;
 
 /// What a function says it is.
 #[derive(Clone, Copy, Debug)]
@@ -57,26 +68,15 @@ pub struct Identity {
 /// A memory BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bar {
-    /// Index of its first register.
+    /// Index of its first register, or [`ROM_BAR`].
     pub index: u8,
-    /// Size in bytes, a power of two, at least 16 (PCIe 6.0 §7.5.1.2.1).
+    /// Size in bytes, a power of two, at least 16 (2 KiB for a ROM).
     pub size: u64,
     /// Takes two registers and may lie above 4 GiB.
     pub wide: bool,
     /// May lie in a bridge's prefetchable window. PCIe devices set it on 64-bit BARs even where
     /// reads have side effects, as nothing on the way prefetches (PCIe 6.0 §7.5.1.2.1, note).
     pub prefetchable: bool,
-}
-
-/// A PCI function's type in its Express capability (PCIe 6.0 table 7-18).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExpressType {
-    /// An endpoint below a port.
-    Endpoint = 0x0,
-    /// A root port.
-    RootPort = 0x4,
-    /// An endpoint on the root complex itself.
-    IntegratedEndpoint = 0x9,
 }
 
 /// A layout that is wrong in the VMM itself, never through the guest.
@@ -107,6 +107,9 @@ pub struct ConfigSpace {
     /// Where the next capability's offset goes, and where the next capability goes.
     link: usize,
     free: usize,
+    /// The same for extended capabilities: the last one, and where the next goes.
+    extended_last: Option<usize>,
+    extended_free: usize,
 }
 
 impl ConfigSpace {
@@ -147,6 +150,8 @@ impl ConfigSpace {
             bar_registers,
             link: CAPABILITIES,
             free: FIRST_CAPABILITY,
+            extended_last: None,
+            extended_free: CONVENTIONAL_SIZE,
         };
         config.set_u16(VENDOR, identity.vendor);
         config.set_u16(VENDOR + 2, identity.device);
@@ -159,27 +164,40 @@ impl ConfigSpace {
         config
     }
 
-    /// Adds a memory BAR, at address 0.
+    /// Adds a memory BAR, or the expansion ROM's, at address 0.
     ///
     /// # Errors
     /// When it is not possible in this header.
     pub fn add_bar(&mut self, bar: Bar) -> Result<(), ConfigError> {
         let bad = ConfigError::BadBar { index: bar.index, size: bar.size };
         let width = 1 + u8::from(bar.wide);
-        let limit = if bar.wide { 1 << 62 } else { 1 << 31 };
-        let fits = bar.size.is_power_of_two() && (16..=limit).contains(&bar.size);
         let end = bar.index.checked_add(width).ok_or(bad)?;
         let taken = |other: &Bar| bar.index <= other.index + u8::from(other.wide) && other.index < end;
-        if !fits || end > self.bar_registers || self.bars.iter().any(taken) {
+        let rom = bar.index == ROM_BAR;
+        let sizes = match (rom, bar.wide) {
+            (true, _) => ROM_SIZE_MIN..=1 << 31,
+            (false, true) => BAR_SIZE_MIN..=1 << 62,
+            (false, false) => BAR_SIZE_MIN..=1 << 31,
+        };
+        let place = if rom { !bar.wide && !bar.prefetchable } else { end <= self.bar_registers };
+        if !place || !bar.size.is_power_of_two() || !sizes.contains(&bar.size) || self.bars.iter().any(taken)
+        {
             return Err(bad);
         }
-        let register = BARS + usize::from(bar.index) * 4;
-        let mask = (!(bar.size - 1)).to_le_bytes();
+        let register = self.bar_register(bar.index);
+        let mask = !(bar.size - 1) | u64::from(rom);
         let len = usize::from(width) * 4;
-        self.writable[register..register + len].copy_from_slice(&mask[..len]);
+        self.writable[register..register + len].copy_from_slice(&mask.to_le_bytes()[..len]);
         self.bytes[register] = u8::from(bar.prefetchable) << 3 | if bar.wide { 0b100 } else { 0 };
         self.bars.push(bar);
         Ok(())
+    }
+
+    fn bar_register(&self, index: u8) -> usize {
+        match index {
+            ROM_BAR => ROM_BARS[usize::from(self.bytes[HEADER_TYPE] & 1)],
+            _ => BARS + usize::from(index) * 4,
+        }
     }
 
     /// The BARs, in the order in which they were added.
@@ -210,35 +228,35 @@ impl ConfigSpace {
         Ok(offset as u16)
     }
 
-    /// Adds the PCI Express capability of a function that has no link of its own to speak of
-    /// (PCIe 6.0 §7.5.3): version 2, 128-byte payloads. `slot` is a root port's slot number.
+    /// Adds an extended capability of `body` after its four-byte header (PCIe 6.0 §7.6.3); `writable`
+    /// masks the first bytes of the body. Returns the capability's offset.
     ///
     /// # Errors
-    /// When the list is full.
-    pub fn add_express(&mut self, kind: ExpressType, slot: u16) -> Result<u16, ConfigError> {
-        const SIZE: usize = 0x3c - 2;
-        const DEVICE_CAPABILITIES: usize = 0x04 - 2;
-        const DEVICE_CONTROL: usize = 0x08 - 2;
-        const LINK_CAPABILITIES: usize = 0x0c - 2;
-        const LINK_STATUS: usize = 0x12 - 2;
-        const SLOT_CAPABILITIES: usize = 0x14 - 2;
-        let mut body = [0; SIZE];
-        let mut writable = [0; SIZE];
-        let slot_implemented = u16::from(kind == ExpressType::RootPort) << 8;
-        body[..2].copy_from_slice(&(2 | (kind as u16) << 4 | slot_implemented).to_le_bytes());
-        // Role-based error reporting is required of every function (§7.5.3.3).
-        body[DEVICE_CAPABILITIES..][..4].copy_from_slice(&(1u32 << 15).to_le_bytes());
-        // Error reporting enables, relaxed ordering, no snoop: accepted, without effect.
-        writable[DEVICE_CONTROL..][..2].copy_from_slice(&0x081fu16.to_le_bytes());
-        if kind != ExpressType::IntegratedEndpoint {
-            // 2.5 GT/s, one lane: software must find a trained link.
-            body[LINK_CAPABILITIES..][..4].copy_from_slice(&0x11u32.to_le_bytes());
-            body[LINK_STATUS..][..2].copy_from_slice(&0x11u16.to_le_bytes());
+    /// When the space is full, or has no extended part.
+    pub fn add_extended_capability(
+        &mut self,
+        id: u16,
+        version: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> Result<u16, ConfigError> {
+        let offset = self.extended_free;
+        let len = 4 + body.len();
+        let end = offset + len.next_multiple_of(4);
+        if end > self.bytes.len() || writable.len() > body.len() {
+            return Err(ConfigError::NoRoom(len));
         }
-        if kind == ExpressType::RootPort {
-            body[SLOT_CAPABILITIES..][..4].copy_from_slice(&(u32::from(slot) << 19).to_le_bytes());
+        if let Some(previous) = self.extended_last {
+            let next = self.u16(previous + 2) | (offset as u16) << 4;
+            self.set_u16(previous + 2, next);
         }
-        self.add_capability(CAP_EXPRESS, &body, &writable)
+        self.set_u16(offset, id);
+        self.set_u16(offset + 2, u16::from(version));
+        self.bytes[offset + 4..offset + len].copy_from_slice(body);
+        self.writable[offset + 4..][..writable.len()].copy_from_slice(writable);
+        self.extended_last = Some(offset);
+        self.extended_free = end;
+        Ok(offset as u16)
     }
 
     /// Reads as the guest does. Bytes past the end stay as they are.
@@ -286,23 +304,42 @@ impl ConfigSpace {
         }
     }
 
-    /// Programs a BAR's address, as firmware would.
+    /// Programs a BAR's address, as firmware would. A ROM stays off.
     pub fn set_bar_address(&mut self, bar: &Bar, address: u64) {
-        let register = (BARS + usize::from(bar.index) * 4) as u16;
-        let bytes = address.to_le_bytes();
+        let register = self.bar_register(bar.index) as u16;
+        let bytes = (address & !(bar.size - 1)).to_le_bytes();
         self.write(register, if bar.wide { &bytes } else { &bytes[..4] });
     }
 
     /// Where a BAR's registers point, whether or not it answers.
     pub fn bar_address(&self, bar: &Bar) -> u64 {
-        let register = BARS + usize::from(bar.index) * 4;
-        let low = u64::from(self.u32(register)) & !0xf;
+        let register = self.bar_register(bar.index);
+        let flags = if bar.index == ROM_BAR { ROM_SIZE_MIN - 1 } else { 0xf };
+        let low = u64::from(self.u32(register)) & !flags;
         if bar.wide { low | u64::from(self.u32(register + 4)) << 32 } else { low }
     }
 
-    /// Where a BAR answers: nowhere while memory decoding is off.
+    /// Where a BAR answers: nowhere while memory decoding is off, or for a ROM its own enable bit.
     pub fn decoded_address(&self, bar: &Bar) -> Option<u64> {
-        (self.u16(COMMAND) & COMMAND_MEMORY != 0).then(|| self.bar_address(bar))
+        let memory = self.u16(COMMAND) & COMMAND_MEMORY != 0;
+        let enabled = bar.index != ROM_BAR || self.u32(self.bar_register(ROM_BAR)) & ROM_ENABLE != 0;
+        (memory && enabled).then(|| self.bar_address(bar))
+    }
+
+    /// Lets the guest change more bits of a register that is there already.
+    pub fn allow(&mut self, offset: usize, mask: &[u8]) {
+        if let Some(target) = self.writable.get_mut(offset..offset + mask.len()) {
+            for (byte, bits) in target.iter_mut().zip(mask) {
+                *byte |= bits;
+            }
+        }
+    }
+
+    /// Clears every bit that the guest may change, as a reset does.
+    pub fn clear_writable(&mut self) {
+        for (byte, mask) in self.bytes.iter_mut().zip(&self.writable) {
+            *byte &= !mask;
+        }
     }
 
     fn set_u16(&mut self, offset: usize, value: u16) {
@@ -318,6 +355,7 @@ impl ConfigSpace {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::express::ExpressType;
     use super::*;
 
     const IDENTITY: Identity = Identity {
@@ -339,7 +377,7 @@ mod tests {
     fn a_driver_finds_identity_and_capabilities() {
         let mut config = ConfigSpace::endpoint(&IDENTITY, CONVENTIONAL_SIZE);
         let first = config.add_capability(CAP_VENDOR, &[16, 1, 2, 3], &[]).unwrap();
-        let second = config.add_express(ExpressType::IntegratedEndpoint, 0).unwrap();
+        let second = config.add_express(ExpressType::IntegratedEndpoint).unwrap();
         assert_eq!(read32(&config, 0), 0x1042_1af4);
         assert_eq!(read32(&config, 8), 0x0180_0001);
         assert_eq!(read32(&config, 4) >> 16 & 0x10, 0x10, "the status register announces the list");
@@ -355,7 +393,7 @@ mod tests {
         let mut config = ConfigSpace::endpoint(&IDENTITY, CONVENTIONAL_SIZE);
         let bar = |index, size, wide| Bar { index, size, wide, prefetchable: false };
         config.add_bar(bar(2, 4096, true)).unwrap();
-        for bad in [bar(1, 4096, true), bar(3, 4096, false), bar(5, 4096, true), bar(6, 4096, false)] {
+        for bad in [bar(1, 4096, true), bar(3, 4096, false), bar(5, 4096, true), bar(6, 1024, false)] {
             assert!(config.add_bar(bad).is_err(), "{bad:?}");
         }
         for size in [0, 8, 5000, 1 << 32] {
@@ -364,6 +402,37 @@ mod tests {
         config.add_bar(bar(0, 1 << 31, false)).unwrap();
         let mut bridge = ConfigSpace::bridge(&IDENTITY);
         assert!(bridge.add_bar(bar(2, 4096, false)).is_err());
+    }
+
+    #[test]
+    fn a_rom_answers_when_both_its_enable_bits_are_set() {
+        let mut config = ConfigSpace::endpoint(&IDENTITY, CONVENTIONAL_SIZE);
+        let rom = Bar { index: ROM_BAR, size: 1 << 17, wide: false, prefetchable: false };
+        config.add_bar(rom).unwrap();
+        assert!(config.add_bar(rom).is_err(), "there is one");
+        config.write(0x30, &[0xff; 4]);
+        assert_eq!(read32(&config, 0x30), 0xfffe_0001, "sizing");
+        config.set_bar_address(&rom, 0xc012_0000);
+        assert_eq!((config.bar_address(&rom), config.decoded_address(&rom)), (0xc012_0000, None));
+        config.write(0x04, &[COMMAND_MEMORY as u8, 0]);
+        assert_eq!(config.decoded_address(&rom), None, "firmware leaves it off");
+        config.write(0x30, &[1]);
+        assert_eq!(config.decoded_address(&rom), Some(0xc012_0000));
+        assert!(ConfigSpace::affects_bars(0x30, 1) && !ConfigSpace::affects_bars(0x34, 4));
+    }
+
+    #[test]
+    fn extended_capabilities_are_a_list_from_0x100() {
+        let mut config = ConfigSpace::endpoint(&IDENTITY, EXPRESS_SIZE);
+        let first = config.add_extended_capability(0xd, 1, &[1, 2, 3, 4], &[0xff]).unwrap();
+        let second = config.add_extended_capability(3, 2, &[0; 8], &[]).unwrap();
+        assert_eq!((first, second), (0x100, 0x108));
+        assert_eq!(read32(&config, 0x100), 0x1081_000d);
+        assert_eq!(read32(&config, 0x108), 0x0002_0003);
+        config.write(0x104, &[0xff; 4]);
+        assert_eq!(read32(&config, 0x104), 0x0403_02ff);
+        let mut small = ConfigSpace::endpoint(&IDENTITY, CONVENTIONAL_SIZE);
+        assert!(small.add_extended_capability(0xd, 1, &[0; 4], &[]).is_err());
     }
 
     #[test]
@@ -378,7 +447,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sizing_tells_the_size(shift in 12u32..=40, prefetchable: bool, wide: bool, address: u64) {
+        fn sizing_tells_the_size(shift in 4u32..=40, prefetchable: bool, wide: bool, address: u64) {
             let size = 1 << if wide { shift } else { shift.min(31) };
             let mut config = ConfigSpace::endpoint(&IDENTITY, CONVENTIONAL_SIZE);
             let bar = Bar { index: 0, size, wide, prefetchable };

@@ -3,12 +3,27 @@
 //! A device implements [`PciDevice`] around a [`config::ConfigSpace`]. The [`root::PciRoot`] gives it
 //! an address and places its BARs, so that guests which do not enumerate find them programmed; it
 //! follows the guest when that moves a BAR or turns decoding on and off. [`msix::Msix`] holds a
-//! function's vectors. Devices sit on bus 0 as integrated endpoints; buses behind root ports, for
-//! passed-through devices, need only more entries in the same table of functions.
+//! function's vectors.
+//!
+//! The machine's own devices sit on bus 0 as integrated endpoints. What hangs below ports is a
+//! [`tree::Tree`], planned from the host's topology ([`topology`]), given addresses ([`placement`]) and built
+//! by [`root::PciRoot::build`]; [`port`] is a root port or a port of a switch, [`slot`] its hot-plug registers, and
+//! [`hotplug`] what the host does to slots while the guest runs.
 
 pub mod config;
+pub mod config_ports;
+pub mod express;
+pub mod gpudirect;
+pub mod hotplug;
+pub mod intx;
 pub mod msix;
+pub mod placement;
+pub mod port;
 pub mod root;
+pub mod slot;
+pub mod sysfs;
+pub mod topology;
+pub mod tree;
 
 use std::fmt;
 
@@ -78,4 +93,9 @@ pub trait PciDevice: Send {
     /// The BAR answers at `address` from now on; `None`: nowhere. Before a move to another address
     /// there is always a call with `None`.
     fn bar_moved(&mut self, bar: u8, address: Option<u64>);
+
+    /// The guest resets the bus that the function is on, through the bridge control register of the port above
+    /// (PCIe 6.0 §7.5.1.3.13). Afterwards the command register and the BARs have to read as after power-on;
+    /// the root complex follows them. Called with the root complex locked.
+    fn bus_reset(&mut self) {}
 }

@@ -99,6 +99,19 @@ impl Msix {
         }
     }
 
+    /// Back to the state after power-on, once the message control register is: all entries masked, none pending.
+    pub fn reset(&self, config: &ConfigSpace, capability: u16) {
+        self.config_written(config, capability);
+        let mut state = self.lock();
+        for index in 0..state.entries.len() {
+            let entry = &mut state.entries[index];
+            entry.message = MsiMessage::default();
+            entry.masked = true;
+            entry.pending = false;
+            self.update(&mut state, index);
+        }
+    }
+
     /// How many vectors there are.
     pub fn len(&self) -> u16 {
         self.lock().entries.len() as u16

@@ -83,8 +83,8 @@ pub const IO_APIC_PINS: u32 = 24;
 const GIB: u64 = 1 << 30;
 /// AMD reserves 12 GiB below 1 TiB for HyperTransport; its IOMMU does not translate them.
 const HYPERTRANSPORT: u64 = 0xfd_0000_0000;
-/// Enough for several of today's GPUs, whose largest BARs are 256 GiB.
-const PCI_MMIO64_MAX: u64 = 2 << 40;
+/// Enough for a board full of today's GPUs, whose largest BARs are 256 GiB, and for slots with room for more.
+const PCI_MMIO64_MAX: u64 = 16 << 40;
 
 /// The pieces of guest RAM: below the hole, and above 4 GiB if there is more.
 pub fn ram_ranges(size: u64) -> Vec<Range<u64>> {
@@ -109,12 +109,14 @@ pub fn max_ram(physical_bits: u32) -> u64 {
 }
 
 /// 64-bit BARs: above RAM, aligned to 1 GiB so that large BARs stay aligned, below the guest's physical
-/// address width, and on one side of AMD's HyperTransport hole.
-pub fn pci_mmio64(ram: u64, physical_bits: u32) -> Range<u64> {
-    let limit = 1_u64 << physical_bits.clamp(33, 52);
-    let low = ram_end(ram).next_multiple_of(GIB)..limit.min(HYPERTRANSPORT);
+/// address width and below `limit`, where what else has to reach them ends (the IOMMU), and on one side of AMD's
+/// HyperTransport hole. Empty if nothing is left.
+pub fn pci_mmio64(ram: u64, physical_bits: u32, limit: u64) -> Range<u64> {
+    let limit = (1_u64 << physical_bits.clamp(33, 52)).min(limit);
+    let start = ram_end(ram).next_multiple_of(GIB);
+    let low = start..limit.min(HYPERTRANSPORT).max(start);
     let high = (1 << 40)..limit.min((1 << 40) + PCI_MMIO64_MAX);
-    if limit > 1 << 40 && high.end - high.start > low.end.saturating_sub(low.start) { high } else { low }
+    if limit > 1 << 40 && high.end - high.start > low.end - low.start { high } else { low }
 }
 
 /// What firmware would say of a range of memory, in e820's numbers.
@@ -159,12 +161,18 @@ mod tests {
         #[test]
         fn windows_never_meet_ram_or_leave_the_address_space(mib in 16_u64..1 << 20, bits in 36_u32..=52) {
             let ram = (mib << 20).min(max_ram(bits));
-            let window = pci_mmio64(ram, bits);
+            let window = pci_mmio64(ram, bits, u64::MAX);
             prop_assert!(window.start >= ram_end(ram) && window.start < window.end);
             prop_assert!(window.end <= 1 << bits);
             prop_assert!(window.end <= HYPERTRANSPORT || window.start >= 1 << 40);
             let total: u64 = ram_ranges(ram).iter().map(|r| r.end - r.start).sum();
             prop_assert_eq!(total, ram);
+        }
+
+        #[test]
+        fn windows_end_where_the_iommu_does(mib in 16_u64..1 << 20, bits in 36_u32..=52, limit in 32_u32..=57) {
+            let window = pci_mmio64(mib << 20, bits, 1 << limit);
+            prop_assert!(window.is_empty() || window.end <= 1 << limit);
         }
 
         #[test]

@@ -1,14 +1,18 @@
-//! The DSDT's body: CPUs, PCI host bridge, serial port, power button, panic notifier.
+//! The DSDT's body: CPUs, PCI host bridges, serial port, power button, panic notifier.
+
+use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If,
-    Interrupt, Memory32Fixed, Method, Name, Notify, Or, Package, Path, ResourceTemplate, Return, Scope, Uuid,
-    ZERO,
+    Interrupt, Memory32Fixed, Method, Name, Notify, Or, Package, PackageBuilder, Path, ResourceTemplate,
+    Return, Scope, Uuid, ZERO,
 };
 
 use super::super::layout;
 use super::{Description, S5_SLEEP_TYPE, bytes_of};
+use crate::pci::intx::intx_gsi;
+use crate::pci::root::RootBridge;
 
 /// The host bridge's `_OSC` (PCI Firmware 3.3 §4.5.1).
 const OSC_UUID: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
@@ -19,7 +23,7 @@ pub(super) fn body(machine: &Description) -> Vec<u8> {
     aml.extend(system_bus(&[
         processors(machine.cpus),
         reserved_memory(),
-        host_bridge(machine),
+        host_bridges(machine),
         serial_port(),
         power_button(),
         event_device(),
@@ -72,26 +76,43 @@ fn reserved_memory() -> Vec<u8> {
     bytes_of(&Device::new("MBRD".into(), vec![&names[0], &names[1], &names[2]]))
 }
 
-/// No I/O window: no device here needs I/O BARs. No `_PRT`: all interrupts are messages.
-fn host_bridge(machine: &Description) -> Vec<u8> {
-    let (low, high) = (layout::PCI_MMIO32, &machine.pci_mmio64);
+fn host_bridges(machine: &Description) -> Vec<u8> {
+    let bridges = machine.host_bridges.iter().enumerate();
+    bridges.flat_map(|(index, bridge)| host_bridge(index, bridge)).collect()
+}
+
+/// PCI0 to PCI9, PCIA to PCIZ: as many host bridges as there can be NUMA nodes.
+fn bridge_path(index: usize) -> Path {
+    let digit = char::from_digit(index as u32, 36).unwrap_or('Z').to_ascii_uppercase();
+    Path::new(&format!("PCI{digit}"))
+}
+
+/// No I/O window: no device here needs I/O BARs. `_PRT` only for root ports: the interrupts of the
+/// machine's own devices are messages.
+fn host_bridge(index: usize, bridge: &RootBridge) -> Vec<u8> {
+    let place = &bridge.place;
     let cacheable = AddressSpaceCacheable::NotCacheable;
-    let resources = name(
-        "_CRS",
-        &ResourceTemplate::new(vec![
-            &AddressSpace::new_bus_number(0_u16, 255),
-            &AddressSpace::new_memory(cacheable, true, low.start as u32, (low.end - 1) as u32, None),
-            &AddressSpace::new_memory(cacheable, true, high.start, high.end - 1, None),
-        ]),
-    );
-    let names = [
+    let window32 = |range: &Range<u64>| {
+        AddressSpace::new_memory(cacheable, true, range.start as u32, (range.end - 1) as u32, None)
+    };
+    let window64 =
+        |range: &Range<u64>| AddressSpace::new_memory(cacheable, true, range.start, range.end - 1, None);
+    let buses = AddressSpace::new_bus_number(u16::from(place.buses.0), u16::from(place.buses.1));
+    let low: Vec<_> = place.low.iter().map(window32).collect();
+    let high: Vec<_> = place.high.iter().map(window64).collect();
+    let mut windows: Vec<&dyn Aml> = vec![&buses];
+    windows.extend(low.iter().map(|window| window as &dyn Aml));
+    windows.extend(high.iter().map(|window| window as &dyn Aml));
+    let mut names = vec![
         name("_HID", &EISAName::new("PNP0A08")),
         name("_CID", &EISAName::new("PNP0A03")),
-        name("_UID", &ZERO),
+        name("_UID", &(index as u8)),
         name("_SEG", &ZERO),
-        name("_BBN", &ZERO),
-        resources,
+        name("_BBN", &place.buses.0),
+        name("_CRS", &ResourceTemplate::new(windows)),
     ];
+    names.extend(bridge.numa_node.map(|node| name("_PXM", &node)));
+    names.extend(interrupt_routing(&place.port_devices));
     let mut children: Vec<&dyn Aml> = names.iter().map(|name| name as &dyn Aml).collect();
     // Hands the guest every feature it asks for (native hotplug, AER): there is no firmware that
     // would handle them. An unknown UUID is refused by bit 2 of the first dword.
@@ -105,7 +126,21 @@ fn host_bridge(machine: &Description) -> Vec<u8> {
     let answer = Return::new(&Arg(3));
     let osc = Method::new("_OSC".into(), 4, false, vec![&first, &granted, &refused, &answer]);
     children.push(&osc);
-    bytes_of(&Device::new("PCI0".into(), children))
+    bytes_of(&Device::new(bridge_path(index), children))
+}
+
+/// `_PRT` (ACPI 6.5 §6.2.13): where the legacy interrupts of what is below each root port arrive. A zero source
+/// means that the index is a GSI.
+fn interrupt_routing(port_devices: &[u8]) -> Option<Name> {
+    let mut table = PackageBuilder::new();
+    for device in port_devices {
+        for pin in 0..4_u8 {
+            let gsi = intx_gsi(*device, pin + 1)? as u8;
+            let address = u32::from(*device) << 16 | 0xffff;
+            table.add_element(&Package::new(vec![&address, &pin, &ZERO, &gsi]));
+        }
+    }
+    (!port_devices.is_empty()).then(|| name("_PRT", &table))
 }
 
 fn serial_port() -> Vec<u8> {

@@ -1,8 +1,10 @@
 //! Hardware-reduced ACPI (ACPI 6.5 §4.1): what the machine is, without emulating a chipset.
 //!
-//! The tables are laid out one after another from [`layout::ACPI`]: RSDP, DSDT, FADT, MADT, MCFG, XSDT.
+//! The tables are laid out one after another from [`layout::ACPI`]: RSDP, DSDT, FADT, MADT, MCFG, SRAT and SLIT
+//! where the machine has NUMA nodes, XSDT.
 
 mod dsdt;
+mod numa;
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -16,6 +18,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::layout;
 use super::topology::Topology;
+use crate::numa::NumaNode;
+use crate::pci::root::RootBridge;
 
 const OEM_ID: [u8; 6] = *b"LATHE ";
 const OEM_TABLE_ID: [u8; 8] = *b"LATHEVMM";
@@ -39,8 +43,10 @@ pub struct Description {
     pub cpus: u8,
     /// Their APIC IDs.
     pub topology: Topology,
-    /// The window for 64-bit BARs.
-    pub pci_mmio64: std::ops::Range<u64>,
+    /// The PCI host bridges, at least one.
+    pub host_bridges: Vec<RootBridge>,
+    /// NUMA nodes; empty for a machine without.
+    pub nodes: Vec<NumaNode>,
 }
 
 /// One table: where it goes, its bytes.
@@ -96,10 +102,14 @@ impl Placer {
 
 fn tables(machine: &Description) -> Vec<Table> {
     let start = layout::ACPI.start + (Rsdp::len() as u64).next_multiple_of(16);
-    let mut placer = Placer { next: start, placed: Vec::with_capacity(6) };
+    let mut placer = Placer { next: start, placed: Vec::with_capacity(8) };
     let dsdt = placer.place(dsdt_bytes(machine));
-    let entries =
-        [placer.place(fadt_bytes(dsdt)), placer.place(madt_bytes(machine)), placer.place(mcfg_bytes())];
+    let mut entries =
+        vec![placer.place(fadt_bytes(dsdt)), placer.place(madt_bytes(machine)), placer.place(mcfg_bytes())];
+    if !machine.nodes.is_empty() {
+        entries.push(placer.place(numa::srat(machine)));
+        entries.push(placer.place(numa::slit(machine)));
+    }
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for entry in entries {
         xsdt.add_entry(entry);
@@ -163,11 +173,35 @@ fn mcfg_bytes() -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::config::CpuConfig;
+    use crate::pci::placement::HostBridgePlace;
     use std::fmt::Write as _;
+    use std::ops::Range;
+
+    fn bridge(buses: (u8, u8), low: Range<u64>, high: Range<u64>) -> RootBridge {
+        let place = HostBridgePlace { buses, low: vec![low], high: vec![high], port_devices: Vec::new() };
+        RootBridge { numa_node: None, place }
+    }
 
     fn description(cpus: u8) -> Description {
         let topology = Topology::of(&CpuConfig { count: cpus, topology: None });
-        Description { cpus, topology, pci_mmio64: 0x1_4000_0000..0x80_0000_0000 }
+        let bridge = bridge((0, 255), layout::PCI_MMIO32, 0x1_4000_0000..0x80_0000_0000);
+        Description { cpus, topology, host_bridges: vec![bridge], nodes: Vec::new() }
+    }
+
+    /// Two nodes around the 32-bit hole, a host bridge each, the second with two ports.
+    fn numa_description() -> Description {
+        let mut machine = description(3);
+        let mut first = bridge((0, 3), 0xc020_0000..0xe000_0000, 0x2_0000_0000..0x40_0000_0000);
+        let mut second = bridge((4, 255), 0xc000_0000..0xc020_0000, 0x40_0000_0000..0x80_0000_0000);
+        (first.numa_node, second.numa_node) = (Some(0), Some(1));
+        second.place.port_devices = vec![16, 17];
+        machine.host_bridges = vec![first, second];
+        let memory = 0..2 << 30;
+        let low = NumaNode { cpus: 0..2, memory: vec![memory.clone()], distances: vec![10, 21] };
+        let ranges = vec![2 << 30..3 << 30, 4 << 30..5 << 30];
+        let high = NumaNode { cpus: 2..3, memory: ranges, distances: vec![21, 10] };
+        machine.nodes = vec![low, high];
+        machine
     }
 
     fn name(table: &Table) -> String {
@@ -194,11 +228,28 @@ mod tests {
     }
 
     #[test]
+    fn the_tables_of_two_numa_nodes() {
+        let all = tables(&numa_description());
+        let differ = |table: &Table| matches!(name(table).as_str(), "DSDT" | "SRAT" | "SLIT" | "XSDT");
+        let tables: Vec<Table> = all.into_iter().filter(differ).collect();
+        insta::assert_snapshot!(dump(&tables));
+    }
+
+    #[test]
     fn every_table_sums_to_zero_and_the_largest_machine_fits() {
-        let tables = tables(&description(64));
-        for table in &tables {
+        let mut largest = description(64);
+        let ports = bridge((0, 7), 0xc000_0000..0xc010_0000, 1 << 40..2 << 40);
+        largest.host_bridges = (0..32).map(|_| ports.clone()).collect();
+        for bridge in &mut largest.host_bridges {
+            bridge.place.port_devices = (16..32).collect();
+        }
+        largest.nodes = vec![numa_description().nodes[0].clone(); 32];
+        for node in &mut largest.nodes {
+            node.distances = vec![20; 32];
+        }
+        for table in tables(&description(64)).into_iter().chain(tables(&largest)) {
             let sum = table.bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
-            assert_eq!(sum, 0, "{}", name(table));
+            assert_eq!(sum, 0, "{}", name(&table));
             assert!(table.address + table.bytes.len() as u64 <= layout::ACPI.end);
         }
     }
