@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::sync::atomic::Ordering;
 
 use crate::kvm::EXIT_KINDS;
-use crate::machine::{Controls, DeviceCounters, Sample, State};
+use crate::machine::{Controls, DeviceCounters, Passthrough, Sample, State};
 
 /// All metrics of one machine.
 pub(super) fn render(machine: &Controls) -> String {
@@ -34,7 +34,39 @@ pub(super) fn render(machine: &Controls) -> String {
         let labels = format!("{{device=\"{device}\",counter=\"{name}\"}}");
         sample(&mut text, "lathe_vmm_device_total", &labels, value as f64);
     }
+    passthrough(&mut text, machine.passthrough());
     text
+}
+
+/// Passed-through devices: how long attaching took, what their interrupts and resets did.
+fn passthrough(text: &mut String, devices: &Passthrough) {
+    if let Some(times) = devices.times() {
+        let name = "lathe_vmm_attach_seconds";
+        family(text, name, "gauge", "Time of each stage of attaching devices, when that was done last.");
+        for (stage, time) in times.stages() {
+            sample(text, name, &format!("{{stage=\"{stage}\"}}"), time.as_secs_f64());
+        }
+    }
+    let resets = devices.resets();
+    if !resets.is_empty() {
+        let name = "lathe_vmm_resets_total";
+        family(text, name, "counter", "Resets of devices before the guest got them.");
+        for (method, count) in resets {
+            sample(text, name, &format!("{{method=\"{method}\"}}"), count as f64);
+        }
+    }
+    let statistics = devices.statistics();
+    if !statistics.is_empty() {
+        let name = "lathe_vmm_passthrough_total";
+        family(text, name, "counter", "What passed-through devices count.");
+        for device in statistics {
+            let id = device.id.replace('\\', "\\\\").replace('"', "\\\"");
+            for (counter, value) in device.interrupts {
+                let labels = format!("{{device=\"{id}\",counter=\"{counter}\"}}");
+                sample(text, name, &labels, value as f64);
+            }
+        }
+    }
 }
 
 fn family(text: &mut String, name: &str, kind: &str, help: &str) {

@@ -2,17 +2,19 @@
 
 use std::sync::Arc;
 
-use axum::extract::State as Extract;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{Path as UrlPath, Query, State as Extract};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::{delete, get, put};
 use axum::{Json, Router};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::{OpenApi, ToSchema};
 
 use super::metrics;
-use crate::config::VmConfig;
-use crate::machine::{Controls, State};
+use crate::config::{PassthroughConfig, VmConfig};
+use crate::machine::{Controls, DeviceView, PlugError, State};
+use crate::vfio::VfioError;
 
 /// A machine as the API shows it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -60,7 +62,18 @@ type Machine = Extract<Arc<Controls>>;
 #[derive(OpenApi)]
 #[openapi(
     info(title = "lathe-vmm", description = "Control of one microVM, over its Unix socket."),
-    paths(show, pause, resume, power_button, kill, show_metrics, openapi),
+    paths(
+        show,
+        pause,
+        resume,
+        power_button,
+        kill,
+        list_devices,
+        plug_device,
+        unplug_device,
+        show_metrics,
+        openapi
+    ),
     components(schemas(Problem))
 )]
 struct Document;
@@ -79,6 +92,8 @@ pub(super) fn router(machine: Arc<Controls>) -> Router {
         .route("/v1/vm/resume", put(resume))
         .route("/v1/vm/power-button", put(power_button))
         .route("/v1/vm/kill", put(kill))
+        .route("/v1/vm/devices", get(list_devices).post(plug_device))
+        .route("/v1/vm/devices/{id}", delete(unplug_device))
         .route("/metrics", get(show_metrics))
         .route("/openapi.json", get(openapi))
         .fallback(unknown)
@@ -126,6 +141,72 @@ async fn power_button(machine: Machine) -> Result<StatusCode, Problem> {
 async fn kill(machine: Machine) -> StatusCode {
     machine.kill();
     StatusCode::NO_CONTENT
+}
+
+/// The passed-through devices.
+#[utoipa::path(get, path = "/v1/vm/devices", responses((status = 200, body = Vec<DeviceView>)))]
+async fn list_devices(machine: Machine) -> Json<Vec<DeviceView>> {
+    Json(machine.passthrough().devices())
+}
+
+/// Plugs a device of the host into a free slot of the running guest.
+#[utoipa::path(post, path = "/v1/vm/devices", request_body = PassthroughConfig, responses(
+    (status = 201, description = "Plugged; the guest's driver finds it in its own time", body = DeviceView),
+    (status = 400, description = "Not a device description", body = Problem, content_type = "application/problem+json"),
+    (status = 409, description = "No free slot, the ID is taken, or the device cannot be passed through", body = Problem, content_type = "application/problem+json"),
+))]
+async fn plug_device(
+    machine: Machine,
+    body: Result<Json<PassthroughConfig>, JsonRejection>,
+) -> Result<(StatusCode, Json<DeviceView>), Problem> {
+    let Json(config) = body.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.body_text()))?;
+    // Mapping guest memory takes seconds on large machines.
+    let plugged = tokio::task::spawn_blocking(move || machine.passthrough().plug(config)).await;
+    let view = plugged.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    Ok((StatusCode::CREATED, Json(view.map_err(plug_problem)?)))
+}
+
+/// How a device is taken out.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+struct Unplug {
+    /// Take it away at once, whatever the guest does with it.
+    surprise: bool,
+}
+
+/// Takes a device out of the guest.
+#[utoipa::path(delete, path = "/v1/vm/devices/{id}", params(("id" = String, Path, description = "The device's ID"), Unplug), responses(
+    (status = 202, description = "The guest was asked to let go; the device is gone from the list when it has"),
+    (status = 204, description = "Taken away"),
+    (status = 404, description = "No such device", body = Problem, content_type = "application/problem+json"),
+    (status = 409, description = "It sits in no slot", body = Problem, content_type = "application/problem+json"),
+))]
+async fn unplug_device(
+    machine: Machine,
+    UrlPath(id): UrlPath<String>,
+    query: Result<Query<Unplug>, QueryRejection>,
+) -> Result<StatusCode, Problem> {
+    let Query(Unplug { surprise }) =
+        query.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.body_text()))?;
+    let act = move || {
+        let passthrough = machine.passthrough();
+        if surprise { passthrough.surprise_remove(&id) } else { passthrough.request_unplug(&id) }
+    };
+    let done = tokio::task::spawn_blocking(act).await;
+    done.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?
+        .map_err(plug_problem)?;
+    Ok(if surprise { StatusCode::NO_CONTENT } else { StatusCode::ACCEPTED })
+}
+
+fn plug_problem(error: PlugError) -> Problem {
+    let status = match &error {
+        PlugError::Field(_) => StatusCode::BAD_REQUEST,
+        PlugError::Vfio(VfioError::NoSuchDevice(_)) => StatusCode::NOT_FOUND,
+        PlugError::Watch(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        PlugError::Vfio(_) | PlugError::Slot(_) => StatusCode::CONFLICT,
+    };
+    Problem::new(status, error.to_string())
 }
 
 /// Counters as Prometheus text.

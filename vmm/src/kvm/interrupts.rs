@@ -15,8 +15,8 @@ use kvm_bindings::{
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::arch::native::layout;
 use super::slots::DeviceSlots;
+use crate::arch::native::layout;
 use crate::bus::lock;
 use crate::hypervisor::{Hypervisor, LevelInterrupt, MsiMessage, MsiVector, PassthroughHypervisor};
 
@@ -101,7 +101,10 @@ pub struct KvmHypervisor {
 impl KvmHypervisor {
     /// For a VM whose irqchip exists.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { slots: DeviceSlots::new(Arc::clone(&vm)), router: Arc::new(Router { vm, routes: Mutex::default() }) }
+        Self {
+            slots: DeviceSlots::new(Arc::clone(&vm)),
+            router: Arc::new(Router { vm, routes: Mutex::default() }),
+        }
     }
 
     /// An eventfd that pulses I/O APIC pin `gsi`, edge-triggered.

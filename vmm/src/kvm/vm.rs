@@ -2,11 +2,8 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{
-    KVM_API_VERSION, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vfio_ioctls::VfioDeviceFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::arch::native::layout;
@@ -97,18 +94,6 @@ impl Vm {
     /// The guest's memory.
     pub fn memory(&self) -> GuestMemoryMmap {
         self.memory.clone()
-    }
-
-    /// The VM's VFIO device: KVM is told by it which devices the VM has, for what they imply (coherency of
-    /// caches, posted interrupts).
-    ///
-    /// # Errors
-    /// When the kernel has none.
-    pub fn vfio_device(&self) -> Result<VfioDeviceFd, KvmError> {
-        let mut device =
-            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..kvm_create_device::default() };
-        let fd = self.fd.create_device(&mut device).map_err(KvmError::ioctl("KVM_CREATE_DEVICE for VFIO"))?;
-        Ok(VfioDeviceFd::new_from_kvm(fd))
     }
 
     fn add_memory_slots(&self) -> Result<(), KvmError> {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::VirtioDevices;
+use super::passthrough::{Passthrough, PlugError};
 use super::pci;
 use super::running::{Controls, Parts};
 use super::{Ending, Prepared, RunningMachine};
@@ -24,8 +25,10 @@ use crate::kvm::{Buses, KvmError, KvmHypervisor, Vcpu, VcpuControl, Vm};
 use crate::memory::{self, MemoryError};
 use crate::numa::{self, NumaError};
 use crate::pci::root::PciError;
+use crate::pci::sysfs::SysfsError;
 use crate::vfio::VfioError;
 use crate::vfio::passthrough::{Context, Opened};
+
 use crate::virtio::transport::TransportError;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
@@ -59,6 +62,12 @@ pub enum MachineError {
     /// A passed-through device.
     #[error(transparent)]
     Vfio(#[from] VfioError),
+    /// Watching passed-through devices.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
+    /// What the host says of a passed-through device.
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
     /// A virtio device.
     #[error("virtio: {0}")]
     Transport(#[from] TransportError),
@@ -110,6 +119,7 @@ pub struct Machine {
     power_button: EventFd,
     serial: SerialPort,
     devices: VirtioDevices,
+    passthrough: Arc<Passthrough>,
 }
 
 impl Machine {
@@ -131,7 +141,25 @@ impl Machine {
             .map_err(|source| KvmError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
         let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm.fd)));
         let buses = Buses { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
-        let pci = pci::root(&config, cpuid.physical_bits(), &hypervisor, &buses.mmio)?;
+        let context = Context {
+            memory: memory.clone(),
+            hypervisor: Arc::clone(&hypervisor) as _,
+            vm: Arc::clone(&vm.fd),
+            kvm: Arc::default(),
+            vfio: config.vfio.clone(),
+        };
+        let described = config.passthrough.iter().cloned().zip(passthrough).collect();
+        let mut opened = Opened::new(&context, described)?;
+        let site = pci::Site {
+            config: &config,
+            physical_bits: cpuid.physical_bits(),
+            hypervisor: Arc::clone(&hypervisor) as _,
+            mmio: &buses.mmio,
+        };
+        let pci = pci::root(&site, opened.as_ref())?;
+        if let Some(opened) = &mut opened {
+            opened.map()?;
+        }
         let description = acpi::Description {
             cpus: config.cpus.count,
             topology,
@@ -153,22 +181,11 @@ impl Machine {
             SerialPort { device: Arc::new(Mutex::new(device)), drained: Some(drained) }
         };
         add_platform(&buses.ports, &serial, &ending)?;
-        let passthrough = if passthrough.is_empty() {
-            None
-        } else {
-            let context = Context {
-                memory: memory.clone(),
-                hypervisor: Arc::clone(&hypervisor) as _,
-                kvm: Arc::new(vm.vfio_device()?),
-                vfio: config.vfio.clone(),
-            };
-            let described = config.passthrough.iter().cloned();
-            Opened::new(context, described.zip(passthrough).collect())?
-        };
         let hypervisor: Arc<dyn Hypervisor> = hypervisor;
         let devices = VirtioDevices::attach(devices, &memory, &hypervisor, &pci)?;
+        let passthrough = Passthrough::new(context, pci, opened, config.hotplug_slots)?;
         let vcpus = create_vcpus(&vm, topology, cpuid, config.cpus.count, loaded.entry)?;
-        Ok(Self { config, ending, buses, vcpus, power_button, serial, devices })
+        Ok(Self { config, ending, buses, vcpus, power_button, serial, devices, passthrough })
     }
 
     /// Lets the guest run.
@@ -200,6 +217,7 @@ impl Machine {
             power_button: self.power_button,
             serial: counters,
             devices: self.devices,
+            passthrough: self.passthrough,
         });
         Ok(RunningMachine::new(Arc::new(controls), self.serial, self.buses))
     }

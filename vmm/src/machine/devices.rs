@@ -72,7 +72,6 @@ fn console_input(config: &ConsoleConfig) -> Result<Option<File>, PrepareError> {
 #[derive(Default)]
 pub(super) struct VirtioDevices {
     functions: Vec<(Arc<Mutex<VirtioPci>>, DeviceCounters)>,
-    passthrough: Option<Opened>,
 }
 
 impl VirtioDevices {
@@ -109,10 +108,7 @@ impl VirtioDevices {
     }
 
     /// Ends all work for good, waiting for what is in flight; the vCPUs are stopped already.
-    pub(super) fn stop(&mut self) {
-        if let Some(opened) = &mut self.passthrough {
-            opened.stop();
-        }
+    pub(super) fn stop(&self) {
         for (function, _) in &self.functions {
             lock(function).reset();
         }

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::build::SerialPort;
 use super::devices::VirtioDevices;
+use super::passthrough::Passthrough;
 use super::terminal::{Escape, RawTerminal};
 use super::{DeviceCounters, Ending, MachineError};
 use crate::bus::lock;
@@ -42,6 +43,7 @@ pub(super) struct Parts {
     pub(super) power_button: EventFd,
     pub(super) serial: Arc<SerialCounters>,
     pub(super) devices: VirtioDevices,
+    pub(super) passthrough: Arc<Passthrough>,
 }
 
 /// What others may do to a running machine, from any thread.
@@ -56,14 +58,16 @@ pub struct Controls {
     /// Locked while the machine changes between the two.
     state: Mutex<State>,
     devices: Mutex<VirtioDevices>,
+    passthrough: Arc<Passthrough>,
 }
 
 impl Controls {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { config, started, ending, control, threads, power_button, serial, devices } = parts;
+        let Parts { config, started, ending, control, threads, power_button, serial, devices, passthrough } =
+            parts;
         let state = Mutex::new(State::Running);
         let devices = Mutex::new(devices);
-        Self { config, started, ending, control, threads, power_button, serial, state, devices }
+        Self { config, started, ending, control, threads, power_button, serial, state, devices, passthrough }
     }
 
     /// The machine's description.
@@ -128,6 +132,11 @@ impl Controls {
         self.ending.set(ExitReason::Killed, None);
     }
 
+    /// Its passed-through devices and slots.
+    pub fn passthrough(&self) -> &Passthrough {
+        &self.passthrough
+    }
+
     /// What the devices count.
     pub fn devices(&self) -> Vec<DeviceCounters> {
         lock(&self.devices).counters().cloned().collect()
@@ -136,6 +145,7 @@ impl Controls {
     /// Stops all vCPUs for good, then the devices, which finish what is in flight and are gone.
     fn stop(&self) -> Result<(), KickError> {
         self.control.stop(&self.threads)?;
+        self.passthrough.stop();
         std::mem::take(&mut *lock(&self.devices)).stop();
         Ok(())
     }

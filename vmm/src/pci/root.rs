@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::{Bar, CONVENTIONAL_SIZE, ConfigError, ConfigSpace, Identity};
 use super::express::ExpressType;
 use super::hotplug::SlotPlace;
+use super::intx::{intx_gsi, swizzle};
 use super::placement::{self, Demand, HostBridgePlace, Layout, PAGE, PlacementError, PortPlace, Space};
 use super::port::{BusNumbers, Port};
 use super::slot::{SLOT_NUMBER_MAX, Slot};
@@ -270,6 +271,34 @@ impl PciRoot {
             let functions = self.buses[index].keys();
             functions.map(move |at| PciAddress { bus, device: at >> 3, function: at & 7 })
         })
+    }
+
+    /// The GSI at which `pin` (1 to 4) of a function arrives, turned at each bridge on the way up. `None` for a
+    /// function that is not there, or no pin.
+    pub fn pin_gsi(&self, device: &SharedPciDevice, pin: u8) -> Option<u32> {
+        (0..self.bridges.len())
+            .find_map(|bus| self.pin_below(bus, device, pin))
+            .and_then(|(at, pin)| intx_gsi(at, pin))
+    }
+
+    /// The device number on `bus` that a pin comes from, and the pin as that device has it.
+    fn pin_below(&self, bus: BusIndex, device: &SharedPciDevice, pin: u8) -> Option<(u8, u8)> {
+        self.buses[bus].iter().find_map(|(at, function)| {
+            if Arc::ptr_eq(&function.device, device) {
+                return Some((at >> 3, pin));
+            }
+            let below = function.bridge.as_ref()?.below;
+            let (number, pin) = self.pin_below(below, device, pin)?;
+            Some((at >> 3, swizzle(number, pin)))
+        })
+    }
+
+    /// The slot that a function is in, by its number.
+    pub fn slot_of(&self, device: &SharedPciDevice) -> Option<u16> {
+        let holds = |place: &SlotPlace| {
+            self.buses[place.below].values().any(|function| Arc::ptr_eq(&function.device, device))
+        };
+        self.slots.iter().find(|(_, place)| holds(place)).map(|(number, _)| *number)
     }
 
     /// The host bridges, for ACPI tables. The first one's share includes all that is no other's.

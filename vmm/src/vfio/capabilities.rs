@@ -60,11 +60,8 @@ pub fn extended(config: &[u8]) -> Vec<Capability> {
         if header == 0 || header == u32::MAX {
             break;
         }
-        let capability = Capability {
-            id: header as u16,
-            offset: offset as u16,
-            version: (header >> 16) as u8 & 0xf,
-        };
+        let capability =
+            Capability { id: header as u16, offset: offset as u16, version: (header >> 16) as u8 & 0xf };
         list.push(capability);
         offset = (header >> 20) as usize & !3;
         let seen = list.iter().any(|capability| usize::from(capability.offset) == offset);

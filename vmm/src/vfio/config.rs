@@ -345,7 +345,9 @@ impl VirtualConfig {
         for hidden in list.iter().filter(|c| !shown.contains(c)) {
             self.hide(host, &list, *hidden);
         }
-        let header = |id: u16, version: u8, next: u16| u32::from(id) | u32::from(version) << 16 | u32::from(next) << 20;
+        let header = |id: u16, version: u8, next: u16| {
+            u32::from(id) | u32::from(version) << 16 | u32::from(next) << 20
+        };
         let links = shown.iter().skip(1).map(|c| c.offset).chain([0]);
         for (capability, next) in shown.iter().zip(links) {
             let header = header(capability.id, capability.version, next).to_le_bytes();

@@ -12,7 +12,7 @@ use super::kernel::KernelFunction;
 use super::mapping::Mapping;
 use crate::hypervisor::PassthroughHypervisor;
 use crate::pci::PciDevice;
-use crate::pci::config::{Bar, ConfigError, ConfigSpace};
+use crate::pci::config::{Bar, ConfigError, ConfigSpace, ROM_BAR};
 
 const PAGE: u64 = 4096;
 const COMMAND: u16 = 0x04;
@@ -74,7 +74,10 @@ impl VfioPci {
             config,
             interrupts,
             regions: parts.regions,
-            bars: bars.iter().map(|bar| MappedBar { index: bar.index, address: None, areas: vec![] }).collect(),
+            bars: bars
+                .iter()
+                .map(|bar| MappedBar { index: bar.index, address: None, areas: vec![] })
+                .collect(),
             dma: None,
         };
         device.turn_on_decoding();
@@ -217,6 +220,10 @@ impl PciDevice for VfioPci {
         }
     }
 
+    fn bus_reset(&mut self) {
+        self.reset();
+    }
+
     fn bar_moved(&mut self, bar: u8, address: Option<u64>) {
         let Some(bar) = self.bars.iter_mut().find(|mapped| mapped.index == bar) else { return };
         bar.leave(&*self.hypervisor, self.dma.as_deref());
@@ -265,7 +272,7 @@ impl Drop for VfioPci {
     }
 }
 
-/// The memory BARs with regions behind them. I/O BARs do not exist in the guest: its bus has no I/O window,
+/// The memory BARs with regions behind them, and the expansion ROM's. I/O BARs do not exist in the guest: its bus has no I/O window,
 /// and every driver of a PCIe device does without.
 fn memory_bars(function: &dyn HostFunction, regions: &[Region]) -> Vec<Bar> {
     const BARS: u16 = 0x10;
@@ -284,13 +291,19 @@ fn memory_bars(function: &dyn HostFunction, regions: &[Region]) -> Vec<Bar> {
         }
         index += 1 + u8::from(wide);
     }
+    // Cards without a ROM have no region; a ROM's BAR has at least 2 KiB (PCIe 6.0 §7.5.1.2.4).
+    let rom = regions.iter().find(|region| region.index == ROM_REGION);
+    if let Some(rom) = rom.filter(|rom| rom.size.is_power_of_two() && (2048..=1 << 24).contains(&rom.size)) {
+        bars.push(Bar { index: ROM_BAR, size: rom.size, wide: false, prefetchable: false });
+    }
     bars
 }
 
 /// The pages of a BAR that hold MSI-X structures, of which the guest must not reach the real ones.
 fn trapped_pages(interrupts: &Interrupts, bar: u8) -> Vec<Range<u64>> {
     let Some((capability, _)) = interrupts.msix() else { return Vec::new() };
-    let places = [(capability.table.0, capability.table_range()), (capability.pending.0, capability.pending_range())];
+    let places =
+        [(capability.table.0, capability.table_range()), (capability.pending.0, capability.pending_range())];
     let pages = |range: Range<u64>| range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE);
     places.into_iter().filter(|(index, _)| *index == bar).map(|(_, range)| pages(range)).collect()
 }
@@ -299,9 +312,8 @@ fn trapped_pages(interrupts: &Interrupts, bar: u8) -> Vec<Range<u64>> {
 fn without(range: Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut parts = vec![range];
     for hole in holes {
-        let cut = |part: Range<u64>| {
-            [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end]
-        };
+        let cut =
+            |part: Range<u64>| [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end];
         parts = parts.into_iter().flat_map(cut).filter(|part| part.start < part.end).collect();
     }
     parts

@@ -40,7 +40,11 @@ impl Dma {
     ///
     /// # Errors
     /// When limits do not allow it, with the number that is needed.
-    pub fn map(iommu: Arc<dyn Iommu>, memory: &GuestMemoryMmap, peer_to_peer: bool) -> Result<(Self, MapTimes), VfioError> {
+    pub fn map(
+        iommu: Arc<dyn Iommu>,
+        memory: &GuestMemoryMmap,
+        peer_to_peer: bool,
+    ) -> Result<(Self, MapTimes), VfioError> {
         check_locked_memory(memory)?;
         check_mappings(&*iommu, memory)?;
         check_apertures(&*iommu, memory)?;
@@ -193,7 +197,8 @@ fn check_mappings(iommu: &dyn Iommu, memory: &GuestMemoryMmap) -> Result<(), Vfi
 }
 
 fn check_apertures(iommu: &dyn Iommu, memory: &GuestMemoryMmap) -> Result<(), VfioError> {
-    let apertures = iommu.apertures().map_err(VfioError::kernel("asking what addresses the IOMMU translates"))?;
+    let apertures =
+        iommu.apertures().map_err(VfioError::kernel("asking what addresses the IOMMU translates"))?;
     if apertures.is_empty() {
         return Ok(());
     }
@@ -210,4 +215,3 @@ fn check_apertures(iommu: &dyn Iommu, memory: &GuestMemoryMmap) -> Result<(), Vf
 fn describe(ranges: &[Range<u64>]) -> String {
     ranges.iter().map(|r| format!("{:#x}..{:#x}", r.start, r.end)).collect::<Vec<_>>().join(", ")
 }
-

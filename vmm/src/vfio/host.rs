@@ -43,7 +43,9 @@ impl HostDevice {
         }
         let class = number(&path.join("class")).unwrap_or(0);
         if class >> 16 == BRIDGE {
-            return Err(refused(format!("is a bridge (class {class:06x}), which stays the host's; pass what is behind it")));
+            return Err(refused(format!(
+                "is a bridge (class {class:06x}), which stays the host's; pass what is behind it"
+            )));
         }
         let Some(group) = link_name(&path.join("iommu_group")) else {
             return Err(refused(

@@ -144,9 +144,10 @@ impl Interrupts {
 
     fn update(&mut self, config: &ConfigSpace) {
         let msix = self.msix.as_ref().is_some_and(|state| state.table.is_enabled());
-        let msi = self.msi.as_ref().is_some_and(|msi| {
-            config.u16(usize::from(msi.capability.offset + 2)) & MSI_ENABLE != 0
-        });
+        let msi = self
+            .msi
+            .as_ref()
+            .is_some_and(|msi| config.u16(usize::from(msi.capability.offset + 2)) & MSI_ENABLE != 0);
         // Both on at once is undefined (PCIe 6.0 §6.1.4): the table wins.
         let wanted = match (msix, msi) {
             (true, _) => Some(InterruptKind::Msix),
@@ -263,8 +264,10 @@ impl Interrupts {
         let turn_on = self.on.is_none();
         let Some(state) = &mut self.msix else { return };
         let unmasked = |index: &usize| state.table.is_unmasked(*index as u16);
-        let fresh: Vec<usize> =
-            (0..state.connected.len()).filter(|index| state.connected[*index].is_none()).filter(unmasked).collect();
+        let fresh: Vec<usize> = (0..state.connected.len())
+            .filter(|index| state.connected[*index].is_none())
+            .filter(unmasked)
+            .collect();
         if fresh.is_empty() && !turn_on {
             return;
         }

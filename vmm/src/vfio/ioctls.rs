@@ -9,8 +9,8 @@ use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_ioas_iova_ranges, iommu_iova_range,
 };
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL,
-    VFIO_TYPE, vfio_device_info, vfio_iommu_type1_info,
+    VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
+    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE, vfio_device_info, vfio_iommu_type1_info,
 };
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr};
@@ -128,9 +128,7 @@ pub fn container_info(container: &dyn AsRawFd) -> io::Result<ContainerInfo> {
     let mut bytes = vec![0_u64; SIZE / 8];
     bytes[0] = SIZE as u64;
     // SAFETY: the buffer is a vfio_iommu_type1_info with room for as much as it says, aligned for it.
-    check(unsafe {
-        ioctl_with_mut_ptr(&container.as_raw_fd(), VFIO_IOMMU_GET_INFO(), bytes.as_mut_ptr())
-    })?;
+    check(unsafe { ioctl_with_mut_ptr(&container.as_raw_fd(), VFIO_IOMMU_GET_INFO(), bytes.as_mut_ptr()) })?;
     let bytes: Vec<u8> = bytes.into_iter().flat_map(u64::to_le_bytes).collect();
     Ok(parse_container_info(&bytes))
 }
@@ -191,7 +189,8 @@ mod tests {
     #[test]
     fn ranges_and_limits_of_a_container_are_read() {
         let mut bytes = vec![0; 128];
-        let mut put = |offset: usize, value: u64| bytes[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
+        let mut put =
+            |offset: usize, value: u64| bytes[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
         put(0, 128);
         put(16, 24);
         put(24, u64::from(VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE) | 80 << 32);

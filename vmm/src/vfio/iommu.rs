@@ -64,7 +64,11 @@ pub trait Iommu: Send + Sync {
 ///
 /// # Errors
 /// When the kernel has not what `backend` asks for, or has neither.
-pub fn open(backend: VfioBackend, device: &HostDevice, kvm: Arc<VfioDeviceFd>) -> Result<Arc<dyn Iommu>, VfioError> {
+pub fn open(
+    backend: VfioBackend,
+    device: &HostDevice,
+    kvm: Arc<VfioDeviceFd>,
+) -> Result<Arc<dyn Iommu>, VfioError> {
     let cdev = Path::new("/dev/iommu").exists() && device.path.join("vfio-dev").exists();
     match backend {
         VfioBackend::Auto if cdev => Ok(Arc::new(Iommufd::new(kvm)?)),
@@ -159,9 +163,8 @@ struct Iommufd {
 
 impl Iommufd {
     fn new(kvm: Arc<VfioDeviceFd>) -> Result<Self, VfioError> {
-        let file = IommuFd::new().map_err(|error| {
-            VfioError::kernel("/dev/iommu")(io::Error::other(error))
-        })?;
+        let file =
+            IommuFd::new().map_err(|error| VfioError::kernel("/dev/iommu")(io::Error::other(error)))?;
         let iommufd = VfioIommufd::new(Arc::new(file), None, Some(kvm))
             .map_err(|error| VfioError::kernel("an I/O address space of /dev/iommu")(cause(&error)))?;
         Ok(Self { iommufd: Arc::new(iommufd) })

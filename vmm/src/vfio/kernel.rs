@@ -50,9 +50,8 @@ impl KernelFunction {
             self.sparse(index.into()).unwrap_or_else(|| vec![0..size])
         };
         // A BAR that shares its page with something else is not for mapping, in whole or in part.
-        let pages = |range: Range<u64>| {
-            range.start.next_multiple_of(PAGE)..(range.end.min(size) / PAGE * PAGE)
-        };
+        let pages =
+            |range: Range<u64>| range.start.next_multiple_of(PAGE)..(range.end.min(size) / PAGE * PAGE);
         Region { index, size, mappable: mappable.into_iter().map(pages).filter(|r| !r.is_empty()).collect() }
     }
 

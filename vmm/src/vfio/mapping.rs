@@ -100,7 +100,9 @@ mod tests {
     fn mappings_are_aligned_with_the_largest_page_that_fits() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 << 20).unwrap();
-        for (length, alignment) in [(4096, 4096), (12 << 10, 8 << 10), (2 << 20, 2 << 20), (48 << 20, 32 << 20)] {
+        for (length, alignment) in
+            [(4096, 4096), (12 << 10, 8 << 10), (2 << 20, 2 << 20), (48 << 20, 32 << 20)]
+        {
             let mapping = Mapping::new(file.as_fd(), 0, length).unwrap();
             assert_eq!(mapping.address().as_ptr() as usize % alignment, 0, "{length:#x}");
             assert_eq!(mapping.len(), length);

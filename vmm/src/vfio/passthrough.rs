@@ -3,10 +3,13 @@
 //! The order matters and is kept by the types: [`Opened`] has its devices open and reset, so that what the
 //! IOMMU translates is known before BARs are placed; [`Opened::map`] then maps guest memory, once for all.
 
+use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
+use kvm_ioctls::VmFd;
 use vfio_ioctls::VfioDeviceFd;
 use vm_memory::GuestMemoryMmap;
 
@@ -19,7 +22,7 @@ use super::iommu::{self, Iommu};
 use super::kernel::KernelFunction;
 use super::reset::{self, ResetReport};
 use crate::bus::lock;
-use crate::config::{PassthroughConfig, VfioConfig};
+use crate::config::{HostPciAddress, PassthroughConfig, VfioConfig};
 use crate::hypervisor::PassthroughHypervisor;
 
 /// A function open and reset, with its place in the machine's description.
@@ -34,7 +37,8 @@ pub struct Device {
     pub reset: ResetReport,
     /// What its interrupts did.
     pub interrupts: Arc<InterruptCounters>,
-    kernel: Arc<KernelFunction>,
+    /// The function itself.
+    pub kernel: Arc<KernelFunction>,
 }
 
 /// How long each stage of giving devices to a machine took; the agent's binding comes before.
@@ -72,10 +76,26 @@ pub struct Context {
     pub memory: GuestMemoryMmap,
     /// Its hypervisor.
     pub hypervisor: Arc<dyn PassthroughHypervisor>,
-    /// The VM's VFIO device.
-    pub kvm: Arc<VfioDeviceFd>,
+    /// The VM, which is told of its devices for what they imply: coherency of caches, posted interrupts.
+    pub vm: Arc<VmFd>,
+    /// The VM's VFIO device, of which KVM has one for the VM's whole life. Made with the first device.
+    pub kvm: Arc<OnceLock<Arc<VfioDeviceFd>>>,
     /// How devices reach memory.
     pub vfio: VfioConfig,
+}
+
+impl Context {
+    fn kvm_device(&self) -> Result<Arc<VfioDeviceFd>, VfioError> {
+        if let Some(device) = self.kvm.get() {
+            return Ok(Arc::clone(device));
+        }
+        let mut device =
+            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..kvm_create_device::default() };
+        let fd = self.vm.create_device(&mut device).map_err(|error| {
+            VfioError::kernel("KVM_CREATE_DEVICE for VFIO")(io::Error::from_raw_os_error(error.errno()))
+        })?;
+        Ok(Arc::clone(self.kvm.get_or_init(|| Arc::new(VfioDeviceFd::new_from_kvm(fd)))))
+    }
 }
 
 /// The devices of a machine: open, reset, in one I/O address space.
@@ -92,9 +112,13 @@ impl Opened {
     ///
     /// # Errors
     /// When one is in use, cannot be reset, or the kernel refuses; those opened before are closed again.
-    pub fn new(context: Context, devices: Vec<(PassthroughConfig, HostDevice)>) -> Result<Option<Self>, VfioError> {
+    pub fn new(
+        context: &Context,
+        devices: Vec<(PassthroughConfig, HostDevice)>,
+    ) -> Result<Option<Self>, VfioError> {
         let Some((_, first)) = devices.first() else { return Ok(None) };
-        let iommu = iommu::open(context.vfio.backend, first, Arc::clone(&context.kvm))?;
+        let iommu = iommu::open(context.vfio.backend, first, context.kvm_device()?)?;
+        let context = context.clone();
         let mut opened =
             Self { iommu, dma: None, devices: Vec::new(), times: AttachTimes::default(), context };
         let start = Instant::now();
@@ -132,7 +156,7 @@ impl Opened {
         host: HostDevice,
         kernel: Arc<KernelFunction>,
         groups: &[u32],
-        running: &[crate::config::HostPciAddress],
+        running: &[HostPciAddress],
     ) -> Result<(), VfioError> {
         let reset = reset::reset(&host, &kernel, &*self.iommu, groups, running)?;
         self.times.reset += reset.duration;
@@ -150,6 +174,49 @@ impl Opened {
         Ok(())
     }
 
+    /// Adds a device to a machine that runs: opened, reset, reached by the mappings that are there.
+    ///
+    /// # Errors
+    /// When it is in use, cannot be reset without one that runs, or the kernel refuses.
+    pub fn plug(&mut self, config: PassthroughConfig, host: HostDevice) -> Result<&Device, VfioError> {
+        let start = Instant::now();
+        let kernel = self.open(&host, "address")?;
+        self.times.open = start.elapsed();
+        let running: Vec<_> = self.devices.iter().map(|device| device.host.address).collect();
+        let mut groups = self.groups();
+        groups.push(host.group);
+        self.add(config, host, kernel, &groups, &running)?;
+        let dma = self.dma.clone();
+        let device = &self.devices[self.devices.len() - 1];
+        if dma.is_some() {
+            lock(&device.pci).set_dma(dma);
+        }
+        Ok(device)
+    }
+
+    /// Gives a device back that the guest's bus has no longer: quiet, reset, closed. The mappings stay for
+    /// those that are left. Returns whether it was there.
+    pub fn remove(&mut self, id: &str) -> bool {
+        let Some(index) = self.devices.iter().position(|device| device.config.id == id) else { return false };
+        let groups = self.groups();
+        let device = self.devices.remove(index);
+        let running: Vec<_> = self.devices.iter().map(|device| device.host.address).collect();
+        lock(&device.pci).set_dma(None);
+        lock(&device.pci).quiesce();
+        self.reset_after_use(&device, &groups, &running);
+        true
+    }
+
+    fn reset_after_use(&self, device: &Device, groups: &[u32], running: &[HostPciAddress]) {
+        if let Err(error) = reset::reset(&device.host, &device.kernel, &*self.iommu, groups, running) {
+            crate::notice(format_args!("{}: after use: {error}", device.host.address));
+        }
+    }
+
+    fn groups(&self) -> Vec<u32> {
+        self.devices.iter().map(|device| device.host.group).collect()
+    }
+
     /// The devices, in the order of the description.
     pub fn devices(&self) -> &[Device] {
         &self.devices
@@ -158,6 +225,11 @@ impl Opened {
     /// The kernel's interface in use.
     pub fn backend(&self) -> &'static str {
         self.iommu.name()
+    }
+
+    /// Whether devices reach each other.
+    pub fn peer_to_peer(&self) -> bool {
+        self.devices.len() > 1 && self.dma.as_ref().is_some_and(|dma| dma.peer_to_peer())
     }
 
     /// How long the stages took so far.
@@ -192,16 +264,15 @@ impl Opened {
     /// Ends all DMA and interrupts, and resets the devices so that nothing of the guest is left running in
     /// them. What cannot be reset is said; the host's agent resets again before it gives a device on.
     pub fn stop(&mut self) {
-        let groups: Vec<u32> = self.devices.iter().map(|device| device.host.group).collect();
+        let groups = self.groups();
         for device in &self.devices {
             lock(&device.pci).set_dma(None);
             lock(&device.pci).quiesce();
         }
-        for device in self.devices.drain(..) {
-            if let Err(error) = reset::reset(&device.host, &device.kernel, &*self.iommu, &groups, &[]) {
-                crate::notice(format_args!("{}: after use: {error}", device.host.address));
-            }
+        for device in &self.devices {
+            self.reset_after_use(device, &groups, &[]);
         }
+        self.devices.clear();
         self.dma = None;
     }
 }

@@ -7,10 +7,10 @@
 use std::time::{Duration, Instant};
 
 use super::VfioError;
-use super::host::HostDevice;
-use super::iommu::Iommu;
 use super::function::HostFunction;
+use super::host::HostDevice;
 use super::ioctls;
+use super::iommu::Iommu;
 use super::kernel::KernelFunction;
 use crate::config::HostPciAddress;
 
@@ -95,9 +95,10 @@ pub fn reset(
     Err(failure.unwrap_or_else(|| VfioError::Device {
         field: "passthrough".to_owned(),
         address: device.address,
-        problem: "cannot be reset: it has no reset of its own, and its bus has functions that are not part of \
+        problem:
+            "cannot be reset: it has no reset of its own, and its bus has functions that are not part of \
                   this machine; pass these along, or move the card to a slot of its own"
-            .to_owned(),
+                .to_owned(),
     }))
 }
 
