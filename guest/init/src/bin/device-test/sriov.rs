@@ -65,6 +65,8 @@ pub fn enable(options: &Options) -> Result<(), Failure> {
     let reset = Path::new("/sys/class/nvme").join(&controller).join("reset_controller");
     fs::write(&reset, "1").map_err(Failure::at(format!("writing {}", reset.display())))?;
     device.set("sriov_numvfs", &functions.to_string())?;
+    // Without queues no driver could have started; from here on whoever names one may.
+    device.set("sriov_drivers_autoprobe", "1")?;
     for function in 1..=functions {
         for (kind, count) in [QUEUES, INTERRUPTS] {
             manage(&controller, function, kind, Action::AssignToSecondary, count)?;
