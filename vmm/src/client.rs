@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::VmConfig;
+use crate::config::{HostPciAddress, PassthroughConfig, VmConfig};
 
 /// How long a VMM may take for one answer: pausing waits up to ten seconds for a vCPU.
 const TIMEOUT: Duration = Duration::from_secs(15);
+/// The same where guest memory may have to be pinned first: some seconds for each 100 GiB.
+const PLUG_TIMEOUT: Duration = Duration::from_secs(300);
 /// The largest answer is `/metrics` of 64 vCPUs, some tens of KiB.
 const ANSWER_MAX: u64 = 1 << 20;
 
@@ -66,6 +68,27 @@ pub struct VmInfo {
     pub uptime_seconds: f64,
     /// The machine's description.
     pub config: VmConfig,
+}
+
+/// A passed-through device as the control API shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Its ID in the machine.
+    pub id: String,
+    /// Its address on the host.
+    pub address: HostPciAddress,
+    /// The kernel's interface in use: `iommufd` or `container`.
+    pub backend: String,
+    /// The guest's slot.
+    pub slot: Option<u16>,
+    /// Its address in the guest.
+    pub guest_address: Option<String>,
+    /// How it was reset before the guest got it.
+    pub reset: String,
+    /// How long that took, in milliseconds.
+    pub reset_ms: f64,
+    /// Whether other devices reach its BARs.
+    pub peer_to_peer: bool,
 }
 
 /// A VMM's control socket.
@@ -126,6 +149,35 @@ impl VmmClient {
         self.request("PUT", "/v1/vm/kill").map(drop)
     }
 
+    /// The passed-through devices.
+    ///
+    /// # Errors
+    /// When no VMM answers, or not as one.
+    pub fn devices(&self) -> Result<Vec<DeviceInfo>, ClientError> {
+        let body = self.request("GET", "/v1/vm/devices")?;
+        serde_json::from_slice(&body).map_err(|error| self.garbled(error))
+    }
+
+    /// Plugs a device of the host into the guest. Mapping the guest's memory for the first one takes a while
+    /// on large machines.
+    ///
+    /// # Errors
+    /// When no VMM answers, the device cannot be passed through, or no slot is free.
+    pub fn plug(&self, device: &PassthroughConfig) -> Result<DeviceInfo, ClientError> {
+        let body = serde_json::to_vec(device).map_err(|error| self.garbled(error))?;
+        let answer = self.send("POST", "/v1/vm/devices", &body, PLUG_TIMEOUT)?;
+        serde_json::from_slice(&answer).map_err(|error| self.garbled(error))
+    }
+
+    /// Asks the guest to let go of a device, which is gone from the list when it has; or with `surprise`
+    /// takes it away at once.
+    ///
+    /// # Errors
+    /// When no VMM answers, or there is no such device.
+    pub fn unplug(&self, id: &str, surprise: bool) -> Result<(), ClientError> {
+        self.request("DELETE", &format!("/v1/vm/devices/{id}?surprise={surprise}")).map(drop)
+    }
+
     /// Counters as Prometheus text.
     ///
     /// # Errors
@@ -139,8 +191,18 @@ impl VmmClient {
     }
 
     fn request(&self, method: &str, resource: &str) -> Result<Vec<u8>, ClientError> {
+        self.send(method, resource, &[], TIMEOUT)
+    }
+
+    fn send(
+        &self,
+        method: &str,
+        resource: &str,
+        body: &[u8],
+        timeout: Duration,
+    ) -> Result<Vec<u8>, ClientError> {
         let unreachable = |source| ClientError::Unreachable { path: self.socket.clone(), source };
-        let answer = self.exchange(method, resource).map_err(unreachable)?;
+        let answer = self.exchange(method, resource, body, timeout).map_err(unreachable)?;
         let (status, body) = parse_answer(&answer).map_err(|why| self.garbled(why))?;
         if (200..300).contains(&status) {
             return Ok(body.to_vec());
@@ -155,14 +217,19 @@ impl VmmClient {
     }
 
     /// The server closes the connection after its answer, as asked; so the answer ends with the stream.
-    fn exchange(&self, method: &str, resource: &str) -> io::Result<Vec<u8>> {
+    fn exchange(&self, method: &str, resource: &str, body: &[u8], timeout: Duration) -> io::Result<Vec<u8>> {
         let mut stream = UnixStream::connect(&self.socket)?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
-        let length = if method == "PUT" { "Content-Length: 0\r\n" } else { "" };
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
+        let content = match (method, body.len()) {
+            ("PUT", 0) => "Content-Length: 0\r\n".to_owned(),
+            (_, 0) => String::new(),
+            (_, length) => format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"),
+        };
         let request =
-            format!("{method} {resource} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\n{length}\r\n");
+            format!("{method} {resource} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\n{content}\r\n");
         stream.write_all(request.as_bytes())?;
+        stream.write_all(body)?;
         let mut answer = Vec::new();
         stream.take(ANSWER_MAX).read_to_end(&mut answer)?;
         Ok(answer)

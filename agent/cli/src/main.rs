@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use commands::{cluster, dataset, doctor, image, job, node, token, vm, vm_control};
+use commands::{cluster, dataset, doctor, image, job, node, token, vm, vm_control, vm_device};
 use context::Connection;
 use exit::Exit;
 use lathe_api::client::ClientError;
@@ -75,6 +75,9 @@ enum VmCommand {
     Run(vm::RunArgs),
     /// Look at a running microVM, pause it, press its power button.
     Control(vm_control::ControlArgs),
+    /// Passed-through devices of a running microVM.
+    #[command(subcommand)]
+    Device(vm_device::DeviceCommand),
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -99,6 +102,7 @@ async fn run(cli: Cli) -> anyhow::Result<Exit> {
         }
         Command::Vm(VmCommand::Run(args)) => vm::run(&args),
         Command::Vm(VmCommand::Control(args)) => vm_control::run(&args, format),
+        Command::Vm(VmCommand::Device(command)) => vm_device::run(&command, format),
         Command::Cluster(command) => cluster::run(command),
         Command::Node(command) => node::run(command, &cli.connection.client()?, format).await,
         Command::Token(command) => token::run(command, &cli.connection.client()?, format).await,

@@ -10,3 +10,4 @@ pub mod token;
 pub mod upload;
 pub mod vm;
 pub mod vm_control;
+pub mod vm_device;
