@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
@@ -47,7 +48,7 @@ impl KernelFunction {
         let mappable = if self.device.get_region_flags(index.into()) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
             Vec::new()
         } else {
-            self.sparse(index.into()).unwrap_or_else(|| vec![0..size])
+            self.sparse(index.into()).unwrap_or_else(|| iter::once(0..size).collect())
         };
         // A BAR that shares its page with something else is not for mapping, in whole or in part.
         let pages =

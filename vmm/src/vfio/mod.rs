@@ -20,6 +20,8 @@ pub mod config;
 pub mod device;
 pub mod dma;
 pub mod error;
+#[cfg(test)]
+mod fake;
 pub mod function;
 pub mod host;
 pub mod interrupts;

@@ -115,7 +115,7 @@ fn bus_is_ours(function: &KernelFunction, groups: &[u32], running: &[HostPciAddr
     } else {
         affected.iter().all(|other| u32::try_from(other.group).is_ok_and(|group| groups.contains(&group)))
     };
-    owned && !affected.iter().any(|other| runs(other))
+    owned && !affected.iter().any(runs)
 }
 
 #[cfg(test)]

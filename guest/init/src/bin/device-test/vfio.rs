@@ -227,13 +227,13 @@ fn bind(device: &Device) -> Result<(), Failure> {
     }
     device.set("driver_override", DRIVER)?;
     let probe = "/sys/bus/pci/drivers_probe";
-    fs::write(probe, &device.address)
-        .map_err(Failure::at(format!("writing {} to {probe}", device.address)))?;
-    // Writing succeeds whether or not the driver took it.
-    match device.driver().as_deref() {
-        Some(DRIVER) => Ok(()),
-        other => Err(Failure::wrong(format!("{} has the driver {other:?} after binding", device.address))),
-    }
+    // Writing succeeds whether or not the driver took it, and it takes no device that the kernel is still
+    // adding, as after a plug.
+    sysfs::wait_for(&format!("{} does not get the driver {DRIVER}", device.address), || {
+        fs::write(probe, &device.address)
+            .map_err(Failure::at(format!("writing {} to {probe}", device.address)))?;
+        Ok((device.driver().as_deref() == Some(DRIVER)).then_some(()))
+    })
 }
 
 fn call(result: libc::c_int, what: &str) -> Result<(), Failure> {
