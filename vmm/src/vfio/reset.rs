@@ -35,7 +35,7 @@ impl ResetMethod {
     /// For people and metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Function => "function-level reset",
+            Self::Function => "function reset",
             Self::Bus => "bus reset",
         }
     }
