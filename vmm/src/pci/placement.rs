@@ -26,6 +26,9 @@ pub const WINDOW_UNIT: u64 = 1 << 20;
 pub const PAGE: u64 = 4096;
 /// Spare room below 4 GiB for a device that is plugged in.
 const SPARE_LOW: u64 = 2 << 20;
+/// The least that a slot has of either window, occupied or not: Linux looks for this much for each window that a
+/// hot-plug port lacks, and complains where the ports above have none left.
+const SLOT_WINDOW: u64 = 2 << 20;
 /// Spare room above for its largest BAR: today's largest GPUs have one of 256 GiB. Halved until all slots fit.
 const SPARE_HIGH: Range<u64> = 1 << 30..256 << 30;
 /// Spare room for the other 64-bit BARs of such a device.
@@ -270,7 +273,9 @@ fn place_all(
     space: &[Range<u64>],
     spare: u64,
 ) -> Result<Roots, (BarName, u64)> {
-    let mut walk = Walk { which, spare, port: 0, function: 0, layout };
+    // A machine without addresses above 4 GiB does without those windows.
+    let least = if space.is_empty() { 0 } else { SLOT_WINDOW };
+    let mut walk = Walk { which, spare, least, port: 0, function: 0, layout };
     let mut items = Vec::new();
     for (index, bridge) in tree.host_bridges.iter().enumerate() {
         for port in &bridge.root_ports {
@@ -309,6 +314,8 @@ fn largest(item: &Item<Content>, tree: &Tree<Demand>) -> (BarName, u64) {
 struct Walk<'a> {
     which: Which,
     spare: u64,
+    /// What a slot's window has at least.
+    least: u64,
     port: usize,
     function: usize,
     layout: &'a Layout,
@@ -329,12 +336,13 @@ impl Walk<'_> {
                 let upstream = self.port;
                 self.port += 1;
                 let inside: Vec<_> = switch.ports.iter().flat_map(|port| self.port(port)).collect();
-                window(upstream, inside).into_iter().collect()
+                window(upstream, inside, 0).into_iter().collect()
             }
         };
         let own = Item { size: PAGE, align: PAGE, content: Content::PortBar(index) };
         let own = (self.which == Which::Low).then_some(own);
-        own.into_iter().chain(window(index, inside)).collect()
+        let least = if matches!(port.below, Below::Switch(_)) { 0 } else { self.least };
+        own.into_iter().chain(window(index, inside, least)).collect()
     }
 
     fn spare_items(&self) -> Vec<Item<Content>> {
@@ -357,12 +365,13 @@ impl Walk<'_> {
     }
 }
 
-/// A window around `inside`; none around nothing.
-fn window(port: usize, inside: Vec<Item<Content>>) -> Option<Item<Content>> {
-    let Block { items, size, align } = Block::pack(inside)?;
-    let size = size.next_multiple_of(WINDOW_UNIT);
+/// A window of `least` bytes or more around `inside`; none around nothing if it need not be.
+fn window(port: usize, inside: Vec<Item<Content>>, least: u64) -> Option<Item<Content>> {
+    let empty = Block { items: Vec::new(), size: 0, align: WINDOW_UNIT };
+    let Block { items, size, align } = Block::pack(inside).unwrap_or(empty);
+    let size = size.max(least).next_multiple_of(WINDOW_UNIT);
     let content = Content::Window { port, items };
-    Some(Item { size, align: align.max(WINDOW_UNIT), content })
+    (size > 0).then(|| Item { size, align: align.max(WINDOW_UNIT), content })
 }
 
 impl Layout {
