@@ -10,7 +10,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::PciAddress;
 use super::config::Bar;
-use super::intx::InterruptPath;
 use super::placement::pack::{Free, Item};
 use super::placement::{BarName, BridgeWindows, PAGE, Which};
 use super::root::{
@@ -27,8 +26,6 @@ pub(super) struct SlotPlace {
     /// The bus below the port.
     pub(super) below: BusIndex,
     pub(super) numa_node: Option<u32>,
-    /// How legacy interrupts of device 0 there arrive.
-    pub(super) interrupts: InterruptPath,
     /// The port's windows as first programmed.
     pub(super) windows: BridgeWindows,
 }
@@ -100,12 +97,6 @@ impl PciRoot {
             released: slot.released(),
             address: (self.route(bus) == Some(place.below)).then_some(address),
         })
-    }
-
-    /// The GSI of the legacy interrupt `pin` (1 is INTA) of what is in a slot; see [`super::intx`]. It stays the
-    /// same for the machine's life.
-    pub fn slot_intx_gsi(&self, slot: u16, pin: u8) -> Option<u32> {
-        self.slots.get(&slot)?.interrupts.gsi(pin)
     }
 
     /// Written to when the guest lets go of a slot that it was asked for; [`slots`](Self::slots) says which.

@@ -24,31 +24,6 @@ pub fn swizzle(device: u8, pin: u8) -> u8 {
     }
 }
 
-/// The way of legacy interrupts from a bus to a root bus.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InterruptPath {
-    root_device: u8,
-    /// Device numbers of the bridges in between, added up: turning is addition.
-    turns: u8,
-}
-
-impl InterruptPath {
-    /// From the bus below a root port with this device number.
-    pub fn below_root_port(device: u8) -> Self {
-        Self { root_device: device, turns: 0 }
-    }
-
-    /// From the bus below a bridge that has this device number on the bus that the path was from.
-    pub fn below(self, device: u8) -> Self {
-        Self { turns: (self.turns + device % 4) % 4, ..self }
-    }
-
-    /// The GSI of a `pin` of device 0 on the bus.
-    pub fn gsi(self, pin: u8) -> Option<u32> {
-        intx_gsi(self.root_device, swizzle(self.turns, pin))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,9 +38,5 @@ mod tests {
         assert_eq!((intx_gsi(16, 0), intx_gsi(16, 5), intx_gsi(255, 255)), (None, None, None));
         assert_eq!([0, 1, 2, 5].map(|device| swizzle(device, 1)), [1, 2, 3, 2]);
         assert_eq!((swizzle(1, 4), swizzle(3, 0)), (1, 0));
-        // Below the third port of a switch, the bus of which is below its upstream port.
-        let path = InterruptPath::below_root_port(17).below(0).below(2);
-        assert_eq!([1, 2, 3, 4].map(|pin| path.gsi(pin)), [Some(19), Some(20), Some(17), Some(18)]);
-        assert_eq!(path.gsi(0), None);
     }
 }

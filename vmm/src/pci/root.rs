@@ -19,7 +19,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::{Bar, CONVENTIONAL_SIZE, ConfigError, ConfigSpace, Identity};
 use super::express::ExpressType;
 use super::hotplug::SlotPlace;
-use super::intx::InterruptPath;
 use super::placement::{self, Demand, HostBridgePlace, Layout, PAGE, PlacementError, PortPlace, Space};
 use super::port::{BusNumbers, Port};
 use super::slot::{SLOT_NUMBER_MAX, Slot};
@@ -210,7 +209,7 @@ impl PciRoot {
             Builder { root: &mut root, ports: &mut ports, functions: &mut functions, hypervisor };
         for (index, bridge) in tree.host_bridges.into_iter().enumerate() {
             for port in bridge.root_ports {
-                builder.port(index, ExpressType::RootPort, port, bridge.numa_node, None)?;
+                builder.port(index, ExpressType::RootPort, port, bridge.numa_node)?;
             }
         }
         Ok(root)
@@ -399,11 +398,8 @@ impl Builder<'_> {
         kind: ExpressType,
         port: tree::Port<NamedDevice>,
         numa_node: Option<u32>,
-        above: Option<InterruptPath>,
     ) -> Result<(), PciError> {
         let Some(place) = self.ports.next() else { return Ok(()) };
-        let interrupts =
-            above.map_or(InterruptPath::below_root_port(place.device), |path| path.below(place.device));
         let occupied = matches!(port.below, Below::Device(_));
         let number = (!matches!(port.below, Below::Switch(_))).then(|| self.root.slots.len() as u16 + 1);
         let slot = number.map(|number| Slot::new(number.min(SLOT_NUMBER_MAX), occupied));
@@ -412,7 +408,7 @@ impl Builder<'_> {
         if let Some(number) = number {
             let at = devfn(place.device, place.function);
             let windows = place.windows.clone();
-            self.root.slots.insert(number, SlotPlace { bus, at, below, numa_node, interrupts, windows });
+            self.root.slots.insert(number, SlotPlace { bus, at, below, numa_node, windows });
         }
         match port.below {
             Below::Empty => {}
@@ -428,7 +424,7 @@ impl Builder<'_> {
                 let upstream = Port::new(ExpressType::UpstreamPort, switch.traits, None, &self.hypervisor)?;
                 let inner = self.insert(below, upstream, &place);
                 for port in switch.ports {
-                    self.port(inner, ExpressType::DownstreamPort, port, numa_node, Some(interrupts))?;
+                    self.port(inner, ExpressType::DownstreamPort, port, numa_node)?;
                 }
             }
         }

@@ -82,16 +82,6 @@ impl<D> Tree<D> {
         }
         functions
     }
-
-    /// What is in each slot from the start, each function with its number: slot 1 first, as
-    /// [`super::hotplug`] numbers them.
-    pub fn slots(&self) -> Vec<&[(u8, D)]> {
-        let mut slots = Vec::new();
-        for bridge in &self.host_bridges {
-            bridge.root_ports.iter().for_each(|port| port.collect_slots(&mut slots));
-        }
-        slots
-    }
 }
 
 fn map_ports<D, T, E>(
@@ -119,14 +109,6 @@ impl<D> Port<D> {
             }
         };
         Ok(Port { traits: self.traits, below })
-    }
-
-    fn collect_slots<'a>(&'a self, slots: &mut Vec<&'a [(u8, D)]>) {
-        match &self.below {
-            Below::Empty => slots.push(&[]),
-            Below::Device(devices) => slots.push(devices),
-            Below::Switch(switch) => switch.ports.iter().for_each(|port| port.collect_slots(slots)),
-        }
     }
 
     fn collect<'a>(&'a self, functions: &mut Vec<&'a D>) {

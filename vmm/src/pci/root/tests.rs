@@ -301,7 +301,6 @@ fn a_device_that_vanishes_leaves_nothing_behind() {
     guest.write((1, 0, 0), 4, &[2, 0]);
     let slot = guest.root().slots()[0].clone();
     assert!(slot.occupied && slot.number == 1 && slot.numa_node == Some(0));
-    assert_eq!([1, 2, 3].map(|slot| guest.root().slot_intx_gsi(slot, 1)), [Some(16), Some(17), Some(16)]);
     assert_eq!(guest.root().surprise_remove(1).unwrap().len(), 2);
     assert_eq!(guest.read32((1, 0, 0), 0), u32::MAX);
     let moves = guest.device[0].lock().unwrap().moves.clone();
