@@ -29,7 +29,8 @@ const SPARE_LOW: u64 = 2 << 20;
 /// The least that a slot has of either window, occupied or not: Linux looks for this much for each window that a
 /// hot-plug port lacks, and complains where the ports above have none left.
 const SLOT_WINDOW: u64 = 2 << 20;
-/// Spare room above for its largest BAR: today's largest GPUs have one of 256 GiB. Halved until all slots fit.
+/// Spare room above for its largest BAR: today's largest GPUs have one of 256 GiB. Halved until all slots fit,
+/// but not below the smaller number.
 const SPARE_HIGH: Range<u64> = 1 << 30..256 << 30;
 /// Spare room for the other 64-bit BARs of such a device.
 const SPARE_BESIDE: u64 = 1 << 30;
@@ -55,6 +56,9 @@ pub struct Space {
     pub low: Vec<Range<u64>>,
     /// Above, in order.
     pub high: Vec<Range<u64>>,
+    /// The largest BAR above 4 GiB that empty slots are to have room for, a power of two. They get less where
+    /// there is less, 1 GiB at least; [`Layout::spare`] says what it came to.
+    pub slot_bar: u64,
 }
 
 impl Space {
@@ -67,7 +71,7 @@ impl Space {
             let cut = |range: &Range<u64>| range.start.max(window.start)..range.end.min(window.end);
             sorted.iter().map(cut).filter(|range| !range.is_empty()).collect()
         };
-        Self { low: within(&windows.low), high: within(&windows.high) }
+        Self { low: within(&windows.low), high: within(&windows.high), slot_bar: SPARE_HIGH.end }
     }
 }
 
@@ -240,7 +244,7 @@ pub fn place(tree: &Tree<Demand>, windows: &Windows, space: &Space) -> Result<La
         let total = space.low.iter().map(|range| range.end - range.start).sum();
         PlacementError::Low { what, size: MemorySize::from_bytes(size), total: MemorySize::from_bytes(total) }
     })?;
-    let mut spare = SPARE_HIGH.end;
+    let mut spare = space.slot_bar.clamp(SPARE_HIGH.start, 1 << 62).next_power_of_two();
     let high = loop {
         match place_all(tree, &layout, Which::High, &space.high, spare) {
             Ok(high) => break high,

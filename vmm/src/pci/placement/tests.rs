@@ -76,6 +76,9 @@ fn slots_get_room_for_the_largest_gpu_or_what_there_is() {
     assert_eq!(place_in(&slots(2), GIB << 10..3 << 40).unwrap().spare, 256 * GIB);
     assert_eq!(place_in(&slots(16), GIB << 10..3 << 40).unwrap().spare, 64 * GIB);
     assert_eq!(place_in(&slots(16), 5 * GIB..64 * GIB).unwrap().spare, 2 * GIB);
+    let windows = windows(GIB << 10..3 << 40);
+    let space = Space { slot_bar: 512 * GIB, ..Space::new(&windows, None) };
+    assert_eq!(place(&slots(1), &windows, &space).unwrap().spare, 512 * GIB);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::hypervisor::MsiVector;
 use crate::pci::config::{ConfigError, EXPRESS_SIZE};
 use crate::pci::express::PortTraits;
 use crate::pci::hotplug::SlotError;
-use crate::pci::tree::{HostBridge as TreeBridge, Port as TreePort, Switch};
+use crate::pci::tree::{Below, HostBridge as TreeBridge, Port as TreePort, Switch};
 use crate::virtio::test_machine::FakeHypervisor;
 
 const GIB: u64 = 1 << 30;
