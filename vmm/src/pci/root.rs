@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::{Bar, CONVENTIONAL_SIZE, ConfigError, ConfigSpace, Identity};
 use super::express::ExpressType;
 use super::hotplug::SlotPlace;
-use super::placement::{self, Demand, HostBridgePlace, Layout, PAGE, PlacementError, Space};
+use super::placement::{self, Demand, HostBridgePlace, Layout, PAGE, PlacementError, PortPlace, Space};
 use super::port::{BusNumbers, Port};
 use super::slot::Slot;
 use super::tree::Tree;

@@ -3,13 +3,12 @@
 use std::sync::{Arc, Mutex};
 
 use super::{
-    Bridge, BusFunctions, BusIndex, NamedDevice, PciError, PciRoot, SharedPciDevice, check_functions, devfn,
-    lock,
+    Bridge, BusFunctions, BusIndex, NamedDevice, PciError, PciRoot, PortPlace, SharedPciDevice,
+    check_functions, devfn, lock,
 };
 use crate::hypervisor::Hypervisor;
 use crate::pci::express::ExpressType;
 use crate::pci::hotplug::SlotPlace;
-use crate::pci::placement::PortPlace;
 use crate::pci::port::Port;
 use crate::pci::slot::{SLOT_NUMBER_MAX, Slot};
 use crate::pci::tree::{self, Below};
