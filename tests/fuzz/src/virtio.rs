@@ -60,7 +60,7 @@ impl MsiVector for Vector {
 
 /// A hypervisor that remembers where notifications go.
 #[derive(Default)]
-struct Recorder(Mutex<HashMap<u64, EventFd>>);
+pub(crate) struct Recorder(Mutex<HashMap<u64, EventFd>>);
 
 impl Recorder {
     fn ioevents(&self) -> std::sync::MutexGuard<'_, HashMap<u64, EventFd>> {

@@ -78,6 +78,7 @@ survives!(
     virtio_rng,
     virtio_vsock,
     pci_config,
+    pci_ports,
     guest_messages,
     serial_port,
     kernel_image,

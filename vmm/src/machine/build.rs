@@ -136,7 +136,7 @@ impl Machine {
         let initramfs = initramfs.as_mut().map(|(path, file)| (path.as_path(), file));
         let loaded = boot::load(&memory, ram, &mut kernel, initramfs, &config.boot.cmdline)?;
 
-        let topology = Topology::of(&config.cpus);
+        let topology = Topology::with_nodes(&config.cpus, &config.numa);
         let cpuid = CpuIdTemplate::of_host(&vm.kvm, topology)
             .map_err(|source| KvmError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
         let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm.fd)));

@@ -26,7 +26,11 @@ pub const WINDOW_UNIT: u64 = 1 << 20;
 pub const PAGE: u64 = 4096;
 /// Spare room below 4 GiB for a device that is plugged in.
 const SPARE_LOW: u64 = 2 << 20;
-/// Spare room above for its largest BAR: today's largest GPUs have one of 256 GiB. Halved until all slots fit.
+/// The least that a slot has of either window, occupied or not: Linux looks for this much for each window that a
+/// hot-plug port lacks, and complains where the ports above have none left.
+const SLOT_WINDOW: u64 = 2 << 20;
+/// Spare room above for its largest BAR: today's largest GPUs have one of 256 GiB. Halved until all slots fit,
+/// but not below the smaller number.
 const SPARE_HIGH: Range<u64> = 1 << 30..256 << 30;
 /// Spare room for the other 64-bit BARs of such a device.
 const SPARE_BESIDE: u64 = 1 << 30;
@@ -52,6 +56,9 @@ pub struct Space {
     pub low: Vec<Range<u64>>,
     /// Above, in order.
     pub high: Vec<Range<u64>>,
+    /// The largest BAR above 4 GiB that empty slots are to have room for, a power of two. They get less where
+    /// there is less, 1 GiB at least; [`Layout::spare`] says what it came to.
+    pub slot_bar: u64,
 }
 
 impl Space {
@@ -64,7 +71,7 @@ impl Space {
             let cut = |range: &Range<u64>| range.start.max(window.start)..range.end.min(window.end);
             sorted.iter().map(cut).filter(|range| !range.is_empty()).collect()
         };
-        Self { low: within(&windows.low), high: within(&windows.high) }
+        Self { low: within(&windows.low), high: within(&windows.high), slot_bar: SPARE_HIGH.end }
     }
 }
 
@@ -237,7 +244,7 @@ pub fn place(tree: &Tree<Demand>, windows: &Windows, space: &Space) -> Result<La
         let total = space.low.iter().map(|range| range.end - range.start).sum();
         PlacementError::Low { what, size: MemorySize::from_bytes(size), total: MemorySize::from_bytes(total) }
     })?;
-    let mut spare = SPARE_HIGH.end;
+    let mut spare = space.slot_bar.clamp(SPARE_HIGH.start, 1 << 62).next_power_of_two();
     let high = loop {
         match place_all(tree, &layout, Which::High, &space.high, spare) {
             Ok(high) => break high,
@@ -270,7 +277,9 @@ fn place_all(
     space: &[Range<u64>],
     spare: u64,
 ) -> Result<Roots, (BarName, u64)> {
-    let mut walk = Walk { which, spare, port: 0, function: 0, layout };
+    // A machine without addresses above 4 GiB does without those windows.
+    let least = if space.is_empty() { 0 } else { SLOT_WINDOW };
+    let mut walk = Walk { which, spare, least, port: 0, function: 0, layout };
     let mut items = Vec::new();
     for (index, bridge) in tree.host_bridges.iter().enumerate() {
         for port in &bridge.root_ports {
@@ -309,6 +318,8 @@ fn largest(item: &Item<Content>, tree: &Tree<Demand>) -> (BarName, u64) {
 struct Walk<'a> {
     which: Which,
     spare: u64,
+    /// What a slot's window has at least.
+    least: u64,
     port: usize,
     function: usize,
     layout: &'a Layout,
@@ -329,12 +340,13 @@ impl Walk<'_> {
                 let upstream = self.port;
                 self.port += 1;
                 let inside: Vec<_> = switch.ports.iter().flat_map(|port| self.port(port)).collect();
-                window(upstream, inside).into_iter().collect()
+                window(upstream, inside, 0).into_iter().collect()
             }
         };
         let own = Item { size: PAGE, align: PAGE, content: Content::PortBar(index) };
         let own = (self.which == Which::Low).then_some(own);
-        own.into_iter().chain(window(index, inside)).collect()
+        let least = if matches!(port.below, Below::Switch(_)) { 0 } else { self.least };
+        own.into_iter().chain(window(index, inside, least)).collect()
     }
 
     fn spare_items(&self) -> Vec<Item<Content>> {
@@ -357,12 +369,13 @@ impl Walk<'_> {
     }
 }
 
-/// A window around `inside`; none around nothing.
-fn window(port: usize, inside: Vec<Item<Content>>) -> Option<Item<Content>> {
-    let Block { items, size, align } = Block::pack(inside)?;
-    let size = size.next_multiple_of(WINDOW_UNIT);
+/// A window of `least` bytes or more around `inside`; none around nothing if it need not be.
+fn window(port: usize, inside: Vec<Item<Content>>, least: u64) -> Option<Item<Content>> {
+    let empty = Block { items: Vec::new(), size: 0, align: WINDOW_UNIT };
+    let Block { items, size, align } = Block::pack(inside).unwrap_or(empty);
+    let size = size.max(least).next_multiple_of(WINDOW_UNIT);
     let content = Content::Window { port, items };
-    Some(Item { size, align: align.max(WINDOW_UNIT), content })
+    (size > 0).then(|| Item { size, align: align.max(WINDOW_UNIT), content })
 }
 
 impl Layout {

@@ -8,10 +8,13 @@
 //! After each write that may matter the function's BARs are compared with the MMIO bus, and moved there. A BAR
 //! that the guest points outside the windows, or at another device, answers nowhere until it is pointed elsewhere.
 
+mod build;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use build::Builder;
 use nix::errno::Errno;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -22,8 +25,8 @@ use super::hotplug::SlotPlace;
 use super::intx::{intx_gsi, swizzle};
 use super::placement::{self, Demand, HostBridgePlace, Layout, PAGE, PlacementError, PortPlace, Space};
 use super::port::{BusNumbers, Port};
-use super::slot::{SLOT_NUMBER_MAX, Slot};
-use super::tree::{self, Below, Tree};
+use super::slot::Slot;
+use super::tree::Tree;
 use super::{PciAddress, PciDevice};
 use crate::bus::{Bus, BusDevice};
 use crate::hypervisor::Hypervisor;
@@ -408,75 +411,6 @@ impl PciRoot {
             }
         }
         below.into_iter().for_each(|bus| self.reset_bus(bus));
-    }
-}
-
-/// Builds what hangs below the ports, in the order in which it was placed.
-struct Builder<'a> {
-    root: &'a mut PciRoot,
-    ports: &'a mut dyn Iterator<Item = PortPlace>,
-    functions: &'a mut dyn Iterator<Item = Vec<u64>>,
-    hypervisor: Arc<dyn Hypervisor>,
-}
-
-impl Builder<'_> {
-    fn port(
-        &mut self,
-        bus: BusIndex,
-        kind: ExpressType,
-        port: tree::Port<NamedDevice>,
-        numa_node: Option<u32>,
-    ) -> Result<(), PciError> {
-        let Some(place) = self.ports.next() else { return Ok(()) };
-        let occupied = matches!(port.below, Below::Device(_));
-        let number = (!matches!(port.below, Below::Switch(_))).then(|| self.root.slots.len() as u16 + 1);
-        let slot = number.map(|number| Slot::new(number.min(SLOT_NUMBER_MAX), occupied));
-        let function = Port::new(kind, port.traits, slot, &self.hypervisor)?;
-        let below = self.insert(bus, function, &place);
-        if let Some(number) = number {
-            let at = devfn(place.device, place.function);
-            let windows = place.windows.clone();
-            self.root.slots.insert(number, SlotPlace { bus, at, below, numa_node, windows });
-        }
-        match port.below {
-            Below::Empty => {}
-            Below::Device(functions) => {
-                check_functions(&functions)?;
-                for (number, named) in functions {
-                    let bases = self.functions.next().unwrap_or_default();
-                    self.root.put(below, devfn(0, number), named.device, &bases);
-                }
-            }
-            Below::Switch(switch) => {
-                let Some(place) = self.ports.next() else { return Ok(()) };
-                let upstream = Port::new(ExpressType::UpstreamPort, switch.traits, None, &self.hypervisor)?;
-                let inner = self.insert(below, upstream, &place);
-                for port in switch.ports {
-                    self.port(inner, ExpressType::DownstreamPort, port, numa_node)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts a programmed port on a bus; returns the bus below it.
-    fn insert(&mut self, bus: BusIndex, mut port: Port, place: &PortPlace) -> BusIndex {
-        port.program(place);
-        let numbers = port.bus_numbers();
-        let port = Arc::new(Mutex::new(port));
-        let below = self.root.buses.len();
-        self.root.buses.push(BusFunctions::new());
-        let at = devfn(place.device, place.function);
-        let bases: Vec<u64> = place.bar.into_iter().collect();
-        self.root.put(bus, at, Arc::clone(&port) as SharedPciDevice, &bases);
-        if let Some(function) = self.root.buses[bus].get_mut(&at) {
-            function.bridge = Some(Bridge { port, below, numbers });
-            // Firmware leaves a port's memory decoding on.
-            let mut device = lock(&function.device);
-            let (mmio, windows) = (&self.root.mmio, &self.root.windows);
-            super::root::place(mmio, windows, &function.device, &mut *device, &mut function.placements);
-        }
-        below
     }
 }
 

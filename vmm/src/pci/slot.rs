@@ -162,9 +162,11 @@ impl Slot {
         self.occupied && self.removal == Removal::Asked && self.control & INDICATOR == INDICATOR_OFF
     }
 
-    /// A reset of the port: enables are off, events forgotten; what is in the slot stays.
+    /// A reset of the port: enables are off, events forgotten; what is in the slot stays, and so does what the host
+    /// asked for.
     pub fn reset(&mut self) {
-        *self = Self::new(self.number, self.occupied);
+        let removal = if self.removal == Removal::None { Removal::None } else { Removal::Due };
+        *self = Self { removal, ..Self::new(self.number, self.occupied) };
     }
 }
 
@@ -304,7 +306,7 @@ mod tests {
                     Step::Insert => { slot.insert(); (present, asked) = (true, false) }
                     Step::Remove => { slot.remove(); (present, asked) = (false, false) }
                     Step::Request => { slot.request_removal(); asked |= present }
-                    Step::Reset => { slot.reset(); asked = false }
+                    Step::Reset => slot.reset(),
                 }
                 prop_assert_eq!(slot.occupied(), present);
                 prop_assert_eq!(slot.status() & PRESENT != 0, present);

@@ -13,7 +13,7 @@ pub mod rng;
 #[cfg(test)]
 mod test_driver;
 #[cfg(test)]
-mod test_machine;
+pub(crate) mod test_machine;
 pub mod transport;
 pub mod vsock;
 pub mod worker;

@@ -1,6 +1,6 @@
 //! APIC IDs: a CPU's place in the topology, one bit field a level (Intel SDM 3A §9.9.1).
 
-use crate::config::{CpuConfig, CpuTopology};
+use crate::config::{CpuConfig, CpuTopology, NumaNodeConfig};
 
 /// A topology with its derived bit fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,18 @@ impl Topology {
         let CpuTopology { sockets, cores, threads } =
             cpus.topology.unwrap_or(CpuTopology { sockets: 1, cores: cpus.count, threads: 1 });
         Self { sockets: sockets.into(), cores: cores.into(), threads: threads.into() }
+    }
+
+    /// The same for a machine with NUMA nodes: unless the configuration says otherwise, nodes of equal size are
+    /// sockets, because Linux complains of caches that CPUs of different nodes share.
+    pub fn with_nodes(cpus: &CpuConfig, nodes: &[NumaNodeConfig]) -> Self {
+        let equal = nodes.iter().all(|node| node.cpus == nodes[0].cpus && node.cpus > 0);
+        match nodes {
+            [first, _, ..] if equal && cpus.topology.is_none() => {
+                Self { sockets: nodes.len() as u32, cores: first.cpus.into(), threads: 1 }
+            }
+            _ => Self::of(cpus),
+        }
     }
 
     /// Threads a core.
@@ -62,6 +74,7 @@ fn field_bits(count: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MemorySize;
     use std::collections::BTreeSet;
 
     #[test]
@@ -78,6 +91,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn nodes_of_equal_size_are_sockets_unless_the_description_says_otherwise() {
+        let cpus = CpuConfig { count: 6, topology: None };
+        let node = |cpus| NumaNodeConfig { cpus, memory: MemorySize::from_mib(2), host_node: None };
+        let sockets = |cpus: &CpuConfig, nodes: &[u8]| {
+            let nodes: Vec<_> = nodes.iter().map(|count| node(*count)).collect();
+            Topology::with_nodes(cpus, &nodes).sockets
+        };
+        assert_eq!(sockets(&cpus, &[2, 2, 2]), 3);
+        assert_eq!([sockets(&cpus, &[]), sockets(&cpus, &[6]), sockets(&cpus, &[4, 2])], [1, 1, 1]);
+        let topology = Some(CpuTopology { sockets: 1, cores: 6, threads: 1 });
+        assert_eq!(sockets(&CpuConfig { count: 6, topology }, &[3, 3]), 1);
     }
 
     #[test]
