@@ -10,6 +10,7 @@
 //! Each goes on by itself when the coordinator is away, and retries with a capped delay.
 //! Sandboxes do not notice, nor do they when the agent ends.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -28,15 +29,17 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::CgroupTree;
 use crate::files;
+use crate::gpus::{Gpus, Policy};
 use crate::identity;
 use crate::images::ImageStore;
 use crate::images::blobs::BlobSource;
 use crate::inventory::{self, ClassInputs};
+use crate::journal::Step;
 use crate::metrics::{self, Snapshot};
 use crate::network::Network;
 use crate::paths::{Paths, SandboxKey};
 use crate::reconcile::{Pass, Reconciler};
-use crate::sandbox::observe::observe;
+use crate::sandbox::observe::{Observed, observe};
 use crate::sandbox::prepare::Host;
 use crate::shipping::{Shipped, Shipper};
 
@@ -73,6 +76,8 @@ pub struct Settings {
     pub paths: Paths,
     /// Where to serve metrics, if anywhere.
     pub metrics: Option<SocketAddr>,
+    /// Which devices may be lent.
+    pub gpus: Policy,
 }
 
 /// Runs the agent until SIGTERM or SIGINT; sandboxes go on.
@@ -92,7 +97,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
-    let host = Arc::new(open_host(paths, BlobSource::Coordinator(client.clone()))?);
+    let host = Arc::new(open_host(paths, BlobSource::Coordinator(client.clone()), settings.gpus.clone())?);
     adopt(&host).await?;
 
     let changed = Arc::new(Notify::new());
@@ -191,7 +196,7 @@ pub fn load_modules() {
 ///
 /// # Errors
 /// When there is no cgroup v2 tree, or directories cannot be made.
-pub fn open_host(paths: Paths, source: BlobSource) -> anyhow::Result<Host> {
+pub fn open_host(paths: Paths, source: BlobSource, gpus: Policy) -> anyhow::Result<Host> {
     load_modules();
     for dir in [&paths.state, &paths.run, &paths.sandboxes(), &paths.runs()] {
         files::make_private_dir(dir)?;
@@ -212,7 +217,8 @@ pub fn open_host(paths: Paths, source: BlobSource) -> anyhow::Result<Host> {
     std::fs::create_dir_all(&base).with_context(|| format!("cannot make the cgroup {}", base.display()))?;
     let images = ImageStore::open(paths.images(), paths.datasets(), paths.staging(), source)?;
     let boot_id = inventory::boot_id(Path::new("/"));
-    Ok(Host { images, network: Network::new()?, cgroups, boot_id, paths })
+    let gpus = Arc::new(Gpus::new(paths.gpus(), boot_id.clone(), gpus));
+    Ok(Host { images, network: Network::new()?, cgroups, gpus, boot_id, paths })
 }
 
 /// Takes up what an earlier agent left: the network as it was, ports of sandboxes that run, and
@@ -231,12 +237,26 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
         tracing::info!(id = observed.id(), running = observed.supervised, "found a sandbox");
     }
     host.network.sweep(&known).await?;
+    recover_gpus(host, &found);
     if let Ok(desired) = files::read_json::<NodeDesired>(&last_desired(&host.paths))
         && let Err(error) = host.network.configure(&desired.network).await
     {
         tracing::warn!(%error, "the network as it was last");
     }
     Ok(())
+}
+
+/// Takes back devices that no sandbox has. Beside everything else, because proving a large memory clean
+/// takes minutes; until then they are not free.
+fn recover_gpus(host: &Host, found: &[Observed]) {
+    let has = |o: &Observed| o.record.steps.iter().any(|step| matches!(step, Step::Gpus { .. }));
+    let owners: HashSet<String> = found.iter().filter(|o| has(o)).map(|o| o.id().to_owned()).collect();
+    let gpus = host.gpus.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = gpus.recover(|id| owners.contains(id)) {
+            tracing::error!(%error, "devices that an earlier agent had are not all back");
+        }
+    });
 }
 
 fn last_desired(paths: &Paths) -> std::path::PathBuf {

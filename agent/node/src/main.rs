@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use lathe_agent::gpus::commands::{self as gpu_commands, GpuArguments, GpusCommand};
 use lathe_agent::paths::Paths;
 use lathe_agent::{agent, identity, manual, reset, supervisor};
 
@@ -45,6 +46,14 @@ enum Command {
     /// Run one sandbox by hand, without a cluster.
     #[command(subcommand)]
     Sandbox(SandboxCommand),
+    /// Look at the GPUs that this host lends, and take, release and repair them by hand.
+    Gpus {
+        #[command(subcommand)]
+        command: GpusCommand,
+        /// What survives a reboot: the records of devices.
+        #[arg(long, global = true, default_value = "/var/lib/lathe")]
+        state_dir: PathBuf,
+    },
     /// Run the sandbox of a directory to its end; started by the agent.
     #[command(hide = true)]
     Supervise {
@@ -60,6 +69,9 @@ enum Command {
         /// The cgroup to enter.
         #[arg(long)]
         cgroup: PathBuf,
+        /// Let it lock as much memory as the cgroup gives it.
+        #[arg(long)]
+        lock_memory: bool,
         /// The program and its arguments.
         #[arg(last = true, required = true)]
         argv: Vec<String>,
@@ -116,6 +128,8 @@ struct RunArguments {
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics_listen: Option<SocketAddr>,
     #[command(flatten)]
+    gpus: GpuArguments,
+    #[command(flatten)]
     directories: Directories,
 }
 
@@ -131,6 +145,8 @@ enum SandboxCommand {
         /// The sandboxes' subnet.
         #[arg(long, default_value = "10.42.0.0/24")]
         subnet: String,
+        #[command(flatten)]
+        gpus: GpuArguments,
         #[command(flatten)]
         directories: Directories,
     },
@@ -157,14 +173,18 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Supervise { dir } => supervisor::main(&dir)?,
-        Command::Exec { parent, cgroup, argv } => match supervisor::exec::main(parent, &cgroup, &argv)? {},
+        Command::Exec { parent, cgroup, lock_memory, argv } => {
+            match supervisor::exec::main(parent, &cgroup, lock_memory, &argv)? {}
+        }
         Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
         Command::Reset { state, force, directories } => {
             runtime()?.block_on(reset::run(directories.paths()?, state, force))?;
         }
         Command::Run(arguments) => runtime()?.block_on(agent::run(settings(arguments)?))?,
-        Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, directories }) => {
-            let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, directories.paths()?))?;
+        Command::Gpus { command, state_dir } => gpu_commands::run(command, &state_dir)?,
+        Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, gpus, directories }) => {
+            let paths = directories.paths()?;
+            let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, gpus.policy(), paths))?;
             return Ok(code);
         }
     }
@@ -191,6 +211,7 @@ fn settings(arguments: RunArguments) -> anyhow::Result<agent::Settings> {
         address: arguments.address.to_string(),
         paths,
         metrics: arguments.metrics_listen,
+        gpus: arguments.gpus.policy(),
     })
 }
 
