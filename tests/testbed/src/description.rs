@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::pci::Device;
+use crate::wire::Wire;
 
 /// A host. Written as TOML in a file, or built in code:
 ///
@@ -247,6 +248,12 @@ impl HostDescription {
     pub fn qemu_arg(mut self, argument: impl Into<String>) -> Self {
         self.qemu_args.push(argument.into());
         self
+    }
+
+    /// Plugs a cable in: a card with the property `netdev` of its name is at the other end.
+    #[must_use]
+    pub fn wire(self, wire: &Wire) -> Self {
+        self.qemu_arg("-netdev").qemu_arg(wire.netdev())
     }
 
     /// Puts a file of this machine into the host before it starts.

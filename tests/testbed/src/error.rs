@@ -92,6 +92,24 @@ pub enum Error {
         /// What happened.
         source: io::Error,
     },
+    /// A device that should have gone.
+    #[error("host {host}: the device {device} is still there after {seconds} s")]
+    Plugged {
+        /// The host.
+        host: String,
+        /// Its name or address.
+        device: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// A port that cannot do what was asked.
+    #[error("host {host}: the port above {device} has no PCI Express slot")]
+    NoSlot {
+        /// The host.
+        host: String,
+        /// The device's address.
+        device: String,
+    },
     /// A command that had to succeed did not.
     #[error("host {host}: `{command}` ended with {status}: {output}")]
     Command {

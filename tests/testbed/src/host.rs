@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::bed::Inner;
 use crate::channel::Channel;
 use crate::description::HostDescription;
@@ -288,14 +290,16 @@ impl Host {
     }
 
     fn monitor(&self, command: &'static str) -> Result<(), Error> {
+        self.ask_monitor(command, &Value::Null).map(drop)
+    }
+
+    /// Runs a command of QEMU's monitor.
+    pub(crate) fn ask_monitor(&self, command: &'static str, arguments: &Value) -> Result<Value, Error> {
         if !self.is_running() {
             return Err(Error::Off(self.name().into()));
         }
-        qmp::execute(&self.at.qmp_socket(), command).map(drop).map_err(|source| Error::Monitor {
-            host: self.name().into(),
-            command,
-            source,
-        })
+        let answer = qmp::execute(&self.at.qmp_socket(), command, arguments);
+        answer.map_err(|source| Error::Monitor { host: self.name().into(), command, source })
     }
 
     /// Takes the power away. The data disk keeps what the host had written to it.

@@ -17,6 +17,9 @@ pub struct Device {
     /// What it is.
     #[serde(flatten)]
     pub kind: DeviceKind,
+    /// QEMU's name for it, by which it can be unplugged; numbered by kind where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// More of QEMU's properties for it, such as `addr` or `romfile`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub properties: BTreeMap<String, String>,
@@ -29,7 +32,7 @@ pub struct Device {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum DeviceKind {
-    /// `pcie-root-port`; one child.
+    /// `pcie-root-port`; one child, or the functions of one device.
     RootPort,
     /// `x3130-upstream` with an `xio3130-downstream` port for each child.
     Switch,
@@ -48,17 +51,23 @@ pub enum DeviceKind {
         drive: PathBuf,
         /// Serial number.
         serial: String,
+        /// How many virtual functions it can have, each with two pairs of queues and their interrupts;
+        /// `device-test nvme-sriov` makes them. The disk is then a namespace that all functions share.
+        #[serde(default)]
+        virtual_functions: u8,
     },
     /// Intel 82574L network card, connected to nothing unless `properties` has a `netdev`.
     E1000e,
-    /// QEMU's educational device: DMA engine, INTx and MSI.
+    /// QEMU's educational device: DMA engine, INTx and MSI. Its engine takes 48-bit addresses here; 28 bits,
+    /// as of old, with the property `dma_mask`.
     Edu,
-    /// Shared memory as a large 64-bit prefetchable BAR.
+    /// Shared memory as a large 64-bit prefetchable BAR. It takes memory of this machine as it is touched.
     IvshmemPlain {
         /// BAR size in MiB; a power of two.
         size_mib: u32,
     },
-    /// A display controller with VRAM.
+    /// A display controller with VRAM: 16 MiB, or the property `vgamem`. Without an expansion ROM, with
+    /// which the firmware would write to its memory.
     BochsDisplay,
     /// Any other of QEMU's devices, by its name there.
     Other {
@@ -69,7 +78,7 @@ pub enum DeviceKind {
 
 impl From<DeviceKind> for Device {
     fn from(kind: DeviceKind) -> Self {
-        Self { kind, properties: BTreeMap::new(), devices: Vec::new() }
+        Self { kind, id: None, properties: BTreeMap::new(), devices: Vec::new() }
     }
 }
 
@@ -78,6 +87,17 @@ impl Device {
     #[must_use]
     pub fn root_port(device: Self) -> Self {
         Self { devices: vec![device], ..DeviceKind::RootPort.into() }
+    }
+
+    /// A root port with one device of several functions in it.
+    #[must_use]
+    pub fn functions(functions: impl IntoIterator<Item = Self>) -> Self {
+        let numbered = (0..).zip(functions).map(|(number, function)| {
+            let function = function.property("addr", format!("0x0.{number:x}"));
+            // Function 0 says for the whole device that there are more.
+            if number == 0 { function.property("multifunction", "on") } else { function }
+        });
+        Self { devices: numbered.collect(), ..DeviceKind::RootPort.into() }
     }
 
     /// A switch with a device at each downstream port. It has to sit below a root port.
@@ -108,13 +128,26 @@ impl Device {
     /// An NVMe disk backed by a raw image.
     #[must_use]
     pub fn nvme(drive: impl Into<PathBuf>, serial: impl Into<String>) -> Self {
-        DeviceKind::Nvme { drive: drive.into(), serial: serial.into() }.into()
+        DeviceKind::Nvme { drive: drive.into(), serial: serial.into(), virtual_functions: 0 }.into()
+    }
+
+    /// An NVMe disk that can have virtual functions.
+    #[must_use]
+    pub fn nvme_sriov(drive: impl Into<PathBuf>, serial: impl Into<String>, virtual_functions: u8) -> Self {
+        DeviceKind::Nvme { drive: drive.into(), serial: serial.into(), virtual_functions }.into()
     }
 
     /// A device by QEMU's name.
     #[must_use]
     pub fn other(device: impl Into<String>) -> Self {
         DeviceKind::Other { device: device.into() }.into()
+    }
+
+    /// Names it.
+    #[must_use]
+    pub fn id(mut self, id: impl Into<String>) -> Self {
+        self.id = Some(id.into());
+        self
     }
 
     /// Sets one of QEMU's properties.
@@ -128,8 +161,9 @@ impl Device {
     pub(crate) fn check(&self) -> Result<(), String> {
         let mut texts: Vec<String> =
             self.properties.iter().flat_map(|(n, v)| [n.clone(), v.clone()]).collect();
+        texts.extend(self.id.clone());
         match &self.kind {
-            DeviceKind::Nvme { drive, serial } => {
+            DeviceKind::Nvme { drive, serial, .. } => {
                 texts.push(drive.display().to_string());
                 texts.push(serial.clone());
             }
@@ -163,7 +197,10 @@ impl Lowering {
         lowering.arguments
     }
 
-    fn id(&mut self, prefix: &'static str) -> String {
+    fn id(&mut self, device: &Device, prefix: &'static str) -> String {
+        if let Some(id) = &device.id {
+            return id.clone();
+        }
         let count = self.counts.entry(prefix).or_default();
         *count += 1;
         format!("{prefix}{count}")
@@ -174,39 +211,46 @@ impl Lowering {
         self.arguments.push(value);
     }
 
-    /// `-device NAME,id=..,bus=..` and the properties.
-    fn device(&mut self, device: &Device, name: &str, id: &str, bus: &str, more: &str) {
-        let mut value = format!("{name},id={id},bus={bus}{more}");
+    /// `-device NAME,id=..,bus=..` and its properties: the device's own win over those given here.
+    fn device(&mut self, device: &Device, name: &str, id: &str, bus: &str, more: &[(&str, String)]) {
+        let mut value = format!("{name},id={id},bus={bus}");
+        let own = |property: &str| device.properties.contains_key(property);
+        for (property, setting) in more.iter().filter(|(property, _)| !own(property)) {
+            value.push_str(&format!(",{property}={setting}"));
+        }
         for (property, setting) in &device.properties {
             value.push_str(&format!(",{property}={setting}"));
         }
         self.option("-device", value);
     }
 
-    fn port(&mut self) -> String {
+    fn port(&mut self) -> [(&'static str, String); 2] {
         self.chassis = self.chassis.wrapping_add(1);
-        format!(",chassis={},slot={}", self.chassis, self.chassis)
+        let number = self.chassis.to_string();
+        [("chassis", number.clone()), ("slot", number)]
     }
 
     fn lower(&mut self, device: &Device, bus: &str) {
         match &device.kind {
             DeviceKind::RootPort => {
-                let (id, port) = (self.id("rp"), self.port());
+                let (id, port) = (self.id(device, "rp"), self.port());
                 self.device(device, "pcie-root-port", &id, bus, &port);
                 self.children(device, &id);
             }
             DeviceKind::Switch => {
-                let upstream = self.id("up");
-                self.device(device, "x3130-upstream", &upstream, bus, "");
+                let upstream = self.id(device, "up");
+                self.device(device, "x3130-upstream", &upstream, bus, &[]);
                 for child in &device.devices {
-                    let (id, port) = (self.id("down"), self.port());
-                    self.option("-device", format!("xio3130-downstream,id={id},bus={upstream}{port}"));
+                    // A port has no description of its own.
+                    let downstream = Device::other("xio3130-downstream");
+                    let (id, port) = (self.id(&downstream, "down"), self.port());
+                    self.device(&downstream, "xio3130-downstream", &id, &upstream, &port);
                     self.lower(child, &id);
                 }
             }
             DeviceKind::PciBridge => {
-                let id = self.id("pci");
-                self.device(device, "pcie-pci-bridge", &id, bus, "");
+                let id = self.id(device, "pci");
+                self.device(device, "pcie-pci-bridge", &id, bus, &[]);
                 // The bridge's own slot 0 belongs to its hotplug controller; conventional buses are
                 // numbered explicitly because QEMU's own choice depends on the order of options.
                 for (slot, child) in (1..).zip(&device.devices) {
@@ -215,12 +259,31 @@ impl Lowering {
                 }
             }
             DeviceKind::ExpanderBridge { bus_number, numa_node } => {
-                let id = self.id("pxb");
-                let node = numa_node.map_or_else(String::new, |node| format!(",numa_node={node}"));
-                self.device(device, "pxb-pcie", &id, bus, &format!(",bus_nr={bus_number}{node}"));
+                let id = self.id(device, "pxb");
+                let mut more = vec![("bus_nr", bus_number.to_string())];
+                more.extend(numa_node.map(|node| ("numa_node", node.to_string())));
+                self.device(device, "pxb-pcie", &id, bus, &more);
                 self.children(device, &id);
             }
-            endpoint => self.endpoint(device, endpoint, bus),
+            DeviceKind::Nvme { drive, serial, virtual_functions } => {
+                self.nvme(device, bus, &drive.display().to_string(), serial, *virtual_functions);
+            }
+            DeviceKind::IvshmemPlain { size_mib } => {
+                let id = self.id(device, "ivshmem");
+                // Not reserved: a BAR may be larger than this machine's memory.
+                let memory = format!("memory-backend-ram,id={id}-mem,share=on,reserve=off,size={size_mib}M");
+                self.option("-object", memory);
+                self.device(device, "ivshmem-plain", &id, bus, &[("memdev", format!("{id}-mem"))]);
+            }
+            DeviceKind::E1000e => self.plain(device, "e1000e", bus, &[]),
+            DeviceKind::Edu => {
+                let mask = u64::MAX >> 16;
+                self.plain(device, "edu", bus, &[("dma_mask", mask.to_string())]);
+            }
+            DeviceKind::BochsDisplay => {
+                self.plain(device, "bochs-display", bus, &[("romfile", String::new())]);
+            }
+            DeviceKind::Other { device: name } => self.plain(device, name, bus, &[]),
         }
     }
 
@@ -230,33 +293,34 @@ impl Lowering {
         }
     }
 
-    fn endpoint(&mut self, device: &Device, kind: &DeviceKind, bus: &str) {
-        match kind {
-            DeviceKind::Nvme { drive, serial } => {
-                let id = self.id("nvme");
-                let drive = drive.display();
-                self.option("-drive", format!("file={drive},if=none,id={id}-drive,format=raw,cache=unsafe"));
-                self.device(device, "nvme", &id, bus, &format!(",drive={id}-drive,serial={serial}"));
-            }
-            DeviceKind::IvshmemPlain { size_mib } => {
-                let id = self.id("ivshmem");
-                self.option("-object", format!("memory-backend-ram,id={id}-mem,share=on,size={size_mib}M"));
-                self.device(device, "ivshmem-plain", &id, bus, &format!(",memdev={id}-mem"));
-            }
-            DeviceKind::E1000e => self.plain(device, "e1000e", bus),
-            DeviceKind::Edu => self.plain(device, "edu", bus),
-            DeviceKind::BochsDisplay => self.plain(device, "bochs-display", bus),
-            DeviceKind::Other { device: name } => self.plain(device, name, bus),
-            // Bridges are lowered with their children.
-            DeviceKind::RootPort
-            | DeviceKind::Switch
-            | DeviceKind::PciBridge
-            | DeviceKind::ExpanderBridge { .. } => {}
+    fn nvme(&mut self, device: &Device, bus: &str, drive: &str, serial: &str, functions: u8) {
+        let id = self.id(device, "nvme");
+        self.option("-drive", format!("file={drive},if=none,id={id}-drive,format=raw,cache=unsafe"));
+        let serial = ("serial", serial.to_owned());
+        if functions == 0 {
+            self.device(device, "nvme", &id, bus, &[("drive", format!("{id}-drive")), serial]);
+            return;
         }
+        // Resources are counted over all functions. Three pairs of queues, one of them for administration, and
+        // as many interrupts are for each virtual one; five stay with the physical one.
+        let flexible = 3 * u32::from(functions);
+        let more = [
+            ("subsys", format!("{id}-subsystem")),
+            serial,
+            ("sriov_max_vfs", functions.to_string()),
+            ("sriov_vq_flexible", flexible.to_string()),
+            ("sriov_vi_flexible", flexible.to_string()),
+            // Without the pair for administration.
+            ("max_ioqpairs", (flexible + 4).to_string()),
+            ("msix_qsize", (flexible + 5).to_string()),
+        ];
+        self.option("-device", format!("nvme-subsys,id={id}-subsystem"));
+        self.device(device, "nvme", &id, bus, &more);
+        self.option("-device", format!("nvme-ns,bus={id},drive={id}-drive,nsid=1,shared=on"));
     }
 
-    fn plain(&mut self, device: &Device, name: &str, bus: &str) {
-        let id = self.id("dev");
-        self.device(device, name, &id, bus, "");
+    fn plain(&mut self, device: &Device, name: &str, bus: &str, more: &[(&str, String)]) {
+        let id = self.id(device, "dev");
+        self.device(device, name, &id, bus, more);
     }
 }

@@ -96,6 +96,8 @@ fn machine(line: &mut Line, host: &HostDescription) {
     let threads = if host.deterministic { "single" } else { "multi" };
     line.add("-accel", format!("tcg,thread={threads},tb-size=256"));
     line.add("-M", "q35,kernel-irqchip=split");
+    // Without this QEMU's firmware would plug and unplug through ACPI. Servers do it through the ports.
+    line.add("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
     // Linux copies with `rep movsb` where the CPU calls it fast; QEMU emulates it byte by byte.
     line.add("-cpu", "max,+svm,+npt,-erms,-fsrm");
     line.add("-smp", host.cpus.to_string());
@@ -228,6 +230,18 @@ mod tests {
     #[test]
     fn deterministic_host() {
         insta::assert_snapshot!(lines(&HostDescription::new("n1").deterministic().iommu(Iommu::None)));
+    }
+
+    #[test]
+    fn functions_virtual_functions_and_names() {
+        let host = HostDescription::new("n1")
+            .device(Device::root_port(Device::nvme_sriov("/d/a.img", "abc", 2).id("disk")).id("port"))
+            .device(Device::functions([DeviceKind::Edu.into(), DeviceKind::E1000e.into()]))
+            .device(Device::root_port(Device::from(DeviceKind::Edu).property("dma_mask", "268435455")));
+        host.validate().unwrap();
+        insta::assert_snapshot!(
+            Lowering::arguments(&host.devices).join("\n").replace("-device\n", "-device ")
+        );
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! QEMU's monitor protocol, as much of it as pausing takes: one JSON object a line.
+//! QEMU's monitor protocol, as much of it as pausing and plugging take: one JSON object a line.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -10,21 +10,25 @@ use serde_json::{Value, json};
 /// QEMU answers at once or is stuck.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs one command and returns its answer's `return`.
-pub(crate) fn execute(socket: &Path, command: &str) -> io::Result<Value> {
+/// Runs one command with its arguments, an object or null, and returns its answer's `return`.
+pub(crate) fn execute(socket: &Path, command: &str, arguments: &Value) -> io::Result<Value> {
     let stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     let mut lines = BufReader::new(stream.try_clone()?);
     // The greeting, then out of the mode that accepts nothing but this.
     receive(&mut lines)?;
-    send(&stream, "qmp_capabilities")?;
+    send(&stream, &json!({ "execute": "qmp_capabilities" }))?;
     answer(&mut lines)?;
-    send(&stream, command)?;
+    let mut message = json!({ "execute": command });
+    if !arguments.is_null() {
+        message["arguments"] = arguments.clone();
+    }
+    send(&stream, &message)?;
     answer(&mut lines)
 }
 
-fn send(mut to: &UnixStream, command: &str) -> io::Result<()> {
-    writeln!(to, "{}", json!({ "execute": command }))
+fn send(mut to: &UnixStream, message: &Value) -> io::Result<()> {
+    writeln!(to, "{message}")
 }
 
 fn receive(from: &mut impl BufRead) -> io::Result<Value> {

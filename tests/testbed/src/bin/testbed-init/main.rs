@@ -68,7 +68,7 @@ fn set_up() -> io::Result<()> {
         loader.load_or_log(name);
     }
     if parameters.coldplug {
-        modules::coldplug()?;
+        loader.coldplug()?;
     }
     if parameters.huge_pages > 0 {
         fs::write("/proc/sys/vm/nr_hugepages", parameters.huge_pages.to_string())?;

@@ -74,20 +74,34 @@ fn module_name(path: &str) -> String {
     file.split('.').next().unwrap_or(file).replace('-', "_")
 }
 
-/// Loads a driver for every PCI device, as udev's cold plug does.
-pub fn coldplug() -> io::Result<()> {
-    for device in fs::read_dir("/sys/bus/pci/devices")? {
-        let path = device?.path();
-        if path.join("driver").exists() {
-            continue;
+/// The base class of display controllers, as sysfs writes classes.
+const DISPLAY: &str = "0x03";
+
+impl Loader {
+    /// Loads a driver for every PCI device, as udev's cold plug does; but for displays, whose driver takes the
+    /// console along and leaves text in their memory: who wants it asks modprobe for it.
+    pub fn coldplug(&self) -> io::Result<()> {
+        // All drivers are built in.
+        if self.known.is_empty() {
+            return Ok(());
         }
-        let alias = fs::read_to_string(path.join("modalias"))?;
-        // Most devices of the platform have no driver here, which is no failure.
-        Command::new("/usr/sbin/modprobe")
-            .args(["-q", alias.trim()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()?;
+        for device in fs::read_dir("/sys/bus/pci/devices")? {
+            let path = device?.path();
+            let display = fs::read_to_string(path.join("class"))?.starts_with(DISPLAY);
+            if display || path.join("driver").exists() {
+                continue;
+            }
+            probe(&fs::read_to_string(path.join("modalias"))?)?;
+        }
+        Ok(())
     }
-    Ok(())
+}
+/// Has modprobe load what an alias needs. Most devices of the platform have no driver here, which is no failure.
+fn probe(alias: &str) -> io::Result<()> {
+    Command::new("/usr/sbin/modprobe")
+        .args(["-q", alias.trim()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .map(drop)
 }
