@@ -8,9 +8,11 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use lathe_agent::gpus::Policy;
 use lathe_agent::gpus::commands::{self as gpu_commands, GpuArguments, GpusCommand};
 use lathe_agent::paths::Paths;
 use lathe_agent::{agent, identity, manual, reset, supervisor};
+use lathe_api::HostPciAddress;
 
 /// The host agent of Lathe.
 #[derive(Debug, Parser)]
@@ -32,6 +34,21 @@ enum Command {
         #[command(flatten)]
         directories: Directories,
     },
+    /// Print the GPUs of this host as JSON, which `lathe gpu` shows to people; or take, release and repair
+    /// them by hand.
+    #[command(args_conflicts_with_subcommands = true)]
+    Gpus {
+        #[command(subcommand)]
+        command: Option<GpusCommand>,
+        /// What is in the way of giving PCI functions to sandboxes instead; of all GPUs if none is named.
+        #[arg(long)]
+        check: bool,
+        /// PCI addresses, as 0000:65:00.0.
+        #[arg(requires = "check")]
+        addresses: Vec<HostPciAddress>,
+        #[command(flatten)]
+        directories: Directories,
+    },
     /// Undo what agents made on this host: sandboxes, bridge, filter, cgroups, runtime files.
     Reset {
         /// Also remove the state directory: the node's identity, images, datasets, output not yet shipped.
@@ -46,14 +63,6 @@ enum Command {
     /// Run one sandbox by hand, without a cluster.
     #[command(subcommand)]
     Sandbox(SandboxCommand),
-    /// Look at the GPUs that this host lends, and take, release and repair them by hand.
-    Gpus {
-        #[command(subcommand)]
-        command: GpusCommand,
-        /// What survives a reboot: the records of devices.
-        #[arg(long, global = true, default_value = "/var/lib/lathe")]
-        state_dir: PathBuf,
-    },
     /// Run the sandbox of a directory to its end; started by the agent.
     #[command(hide = true)]
     Supervise {
@@ -177,11 +186,20 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
             match supervisor::exec::main(parent, &cgroup, lock_memory, &argv)? {}
         }
         Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
+        Command::Gpus { command: Some(command), .. } => gpu_commands::run(command)?,
+        Command::Gpus { command: None, check, addresses, directories } => {
+            agent::load_modules();
+            let json = if check {
+                serde_json::to_string_pretty(&agent::check_devices(&addresses))?
+            } else {
+                serde_json::to_string_pretty(&agent::read_gpus(&directories.paths()?, Policy::All))?
+            };
+            println!("{json}");
+        }
         Command::Reset { state, force, directories } => {
             runtime()?.block_on(reset::run(directories.paths()?, state, force))?;
         }
         Command::Run(arguments) => runtime()?.block_on(agent::run(settings(arguments)?))?,
-        Command::Gpus { command, state_dir } => gpu_commands::run(command, &state_dir)?,
         Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, gpus, directories }) => {
             let paths = directories.paths()?;
             let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, gpus.policy(), paths))?;
@@ -217,7 +235,7 @@ fn settings(arguments: RunArguments) -> anyhow::Result<agent::Settings> {
 
 fn print_inventory(paths: &Paths, json: bool) -> anyhow::Result<()> {
     agent::load_modules();
-    let inventory = agent::read_inventory(paths);
+    let inventory = agent::read_inventory(paths, &agent::gpus_of(paths, Policy::All));
     if json {
         println!("{}", serde_json::to_string_pretty(&inventory)?);
         return Ok(());

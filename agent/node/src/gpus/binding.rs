@@ -14,7 +14,10 @@ use super::host::{PciHost, VFIO_PCI};
 use super::record::{Function, Ledger, Step};
 
 /// Bridges (class 0x0604) in a group need not be handed over: they do no DMA of their own.
-pub const PCI_BRIDGE: u32 = 0x0604;
+const PCI_BRIDGE: u32 = 0x0604;
+
+/// The base class of bridges of any kind.
+pub const BRIDGES: u32 = 0x06;
 
 /// What `driver_override` shows when it is not set.
 const NO_OVERRIDE: &str = "(null)";
@@ -40,7 +43,10 @@ pub fn unit_of(host: &dyn PciHost, address: HostPciAddress) -> Result<Vec<HostPc
         (member.domain(), member.bus(), member.device())
             == (address.domain(), address.bus(), address.device())
     };
-    let (mut unit, others): (Vec<_>, Vec<_>) = endpoints.partition(same_device);
+    // The host needs its other bridges (to ISA, to itself), whatever device they are part of.
+    let goes_along =
+        |member: &HostPciAddress| same_device(member) && class_of(host, *member) >> 16 != BRIDGES;
+    let (mut unit, others): (Vec<_>, Vec<_>) = endpoints.partition(goes_along);
     if !others.is_empty() {
         let list = others.iter().map(|other| {
             let driver = host.driver(*other).unwrap_or_else(|| "no driver".into());

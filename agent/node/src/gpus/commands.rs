@@ -35,6 +35,14 @@ impl GpuArguments {
     }
 }
 
+/// Where the records are.
+#[derive(Clone, Debug, Args)]
+pub struct Records {
+    /// What survives a reboot: the records of devices.
+    #[arg(long, default_value = "/var/lib/lathe")]
+    state_dir: PathBuf,
+}
+
 /// What can be done by hand.
 #[derive(Debug, Subcommand)]
 pub enum GpusCommand {
@@ -45,13 +53,10 @@ pub enum GpusCommand {
         json: bool,
         #[command(flatten)]
         #[allow(missing_docs, reason = "clap would print it")]
+        records: Records,
+        #[command(flatten)]
+        #[allow(missing_docs, reason = "clap would print it")]
         gpus: GpuArguments,
-    },
-    /// Say whether a device can be taken, and what stands in the way; changes nothing.
-    Check {
-        /// As 0000:65:00.0.
-        #[arg(required = true)]
-        addresses: Vec<HostPciAddress>,
     },
     /// Take devices from the host's drivers, prove them clean and bind them to vfio-pci, for a virtual machine
     /// started by hand. They stay taken until released.
@@ -67,6 +72,9 @@ pub enum GpusCommand {
         name: String,
         #[command(flatten)]
         #[allow(missing_docs, reason = "clap would print it")]
+        records: Records,
+        #[command(flatten)]
+        #[allow(missing_docs, reason = "clap would print it")]
         gpus: GpuArguments,
         #[command(flatten)]
         #[allow(missing_docs, reason = "clap would print it")]
@@ -79,6 +87,9 @@ pub enum GpusCommand {
         addresses: Vec<HostPciAddress>,
         #[command(flatten)]
         #[allow(missing_docs, reason = "clap would print it")]
+        records: Records,
+        #[command(flatten)]
+        #[allow(missing_docs, reason = "clap would print it")]
         fault: Fault,
     },
     /// Reset quarantined devices and prove them clean again; those that pass are free.
@@ -86,9 +97,16 @@ pub enum GpusCommand {
         /// As 0000:65:00.0.
         #[arg(required = true)]
         addresses: Vec<HostPciAddress>,
+        #[command(flatten)]
+        #[allow(missing_docs, reason = "clap would print it")]
+        records: Records,
     },
     /// Give back what a crash has left half-taken; an agent does that when it starts.
-    Recover,
+    Recover {
+        #[command(flatten)]
+        #[allow(missing_docs, reason = "clap would print it")]
+        records: Records,
+    },
     /// Overwrite the memory behind a BAR and read it back; started by whoever scrubs.
     #[command(hide = true)]
     ScrubBar {
@@ -164,56 +182,26 @@ impl Row {
 ///
 /// # Errors
 /// When a device cannot be taken, or is not given back.
-pub fn run(command: GpusCommand, state_dir: &Path) -> anyhow::Result<()> {
-    let dir = std::path::absolute(state_dir)?.join(DIR);
-    let open = |policy: Policy| Gpus::new(dir.clone(), inventory::boot_id(Path::new("/")), policy);
+pub fn run(command: GpusCommand) -> anyhow::Result<()> {
+    crate::agent::load_modules();
     match command {
-        GpusCommand::List { json, gpus } => list(&open(gpus.policy()), json),
-        GpusCommand::Check { addresses } => {
-            let gpus = open(Policy::Off);
-            each(&addresses, |address| {
-                let unit = gpus.check(address)?;
-                let all: Vec<_> = unit.iter().map(ToString::to_string).collect();
-                println!("{address} can be taken ({})", all.join(", "));
-                Ok(())
-            })
+        GpusCommand::List { json, records, gpus } => list(&open(&records, gpus.policy())?, json),
+        GpusCommand::Take { addresses, count, name, records, gpus, fault } => {
+            let gpus = fault.apply(open(&records, gpus.policy())?);
+            take(&gpus, addresses, count, &Owner::Operator(name))
         }
-        GpusCommand::Take { mut addresses, count, name, gpus, fault } => {
-            let gpus = fault.apply(open(gpus.policy()));
-            let owner = Owner::Operator(name);
-            match count {
-                Some(count) => addresses = gpus.reserve(count, &owner, |_| Ok::<_, GpuError>(()))?,
-                None => addresses.iter().try_for_each(|address| gpus.reserve_one(*address, &owner))?,
-            }
-            each(&addresses, |address| {
-                gpus.take(address, &owner)?;
-                Row::of(&gpus, address).print()
-            })
+        GpusCommand::Release { addresses, records, fault } => {
+            release(&fault.apply(open(&records, Policy::Off)?), &addresses)
         }
-        GpusCommand::Release { addresses, fault } => {
-            let gpus = fault.apply(open(Policy::Off));
-            each(&addresses, |address| {
-                let owner = gpus.view(address).owner;
-                let Some(owner @ Owner::Operator(_)) = owner else {
-                    let has = owner.map_or("nobody".to_owned(), |owner| owner.to_string());
-                    anyhow::bail!("{address}: {has} has it, no operator");
-                };
-                gpus.release(address, &owner)?;
-                Row::of(&gpus, address).print()?;
-                let view = gpus.view(address);
-                ensure!(view.state == GpuState::Free, "{address} is not free: it is quarantined");
-                Ok(())
-            })
-        }
-        GpusCommand::ReleaseQuarantine { addresses } => {
-            let gpus = open(Policy::Off);
+        GpusCommand::ReleaseQuarantine { addresses, records } => {
+            let gpus = open(&records, Policy::Off)?;
             each(&addresses, |address| {
                 gpus.release_quarantine(address)?;
                 Row::of(&gpus, address).print()
             })
         }
-        GpusCommand::Recover => {
-            let gpus = open(Policy::Off);
+        GpusCommand::Recover { records } => {
+            let gpus = open(&records, Policy::Off)?;
             // Sandboxes are an agent's business: none is taken for dead here.
             gpus.recover(|_| true)?;
             list(&gpus, false)
@@ -223,6 +211,41 @@ pub fn run(command: GpusCommand, state_dir: &Path) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn open(records: &Records, policy: Policy) -> anyhow::Result<Gpus> {
+    let dir = std::path::absolute(&records.state_dir)?.join(DIR);
+    Ok(Gpus::new(dir, inventory::boot_id(Path::new("/")), policy))
+}
+
+fn take(
+    gpus: &Gpus,
+    mut addresses: Vec<HostPciAddress>,
+    count: Option<usize>,
+    owner: &Owner,
+) -> anyhow::Result<()> {
+    match count {
+        Some(count) => addresses = gpus.reserve(count, owner, |_| Ok::<_, GpuError>(()))?,
+        None => addresses.iter().try_for_each(|address| gpus.reserve_one(*address, owner))?,
+    }
+    each(&addresses, |address| {
+        gpus.take(address, owner)?;
+        Row::of(gpus, address).print()
+    })
+}
+
+fn release(gpus: &Gpus, addresses: &[HostPciAddress]) -> anyhow::Result<()> {
+    each(addresses, |address| {
+        let view = gpus.view(address);
+        let Some(owner @ Owner::Operator(_)) = view.owner else {
+            let has = view.owner.map_or("no operator has it".to_owned(), |owner| format!("{owner} has it"));
+            anyhow::bail!("{address} was not taken by hand: {has}");
+        };
+        gpus.release(address, &owner)?;
+        Row::of(gpus, address).print()?;
+        ensure!(gpus.view(address).state == GpuState::Free, "{address} is not free: it is quarantined");
+        Ok(())
+    })
 }
 
 /// All of them, however some end; the last error is returned, the others are printed.

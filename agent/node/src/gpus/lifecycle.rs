@@ -6,6 +6,7 @@
 //! what was not lent yet and what was on its way back both go back to the host, by the same steps as any
 //! release; these may be repeated from the start at any point.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,17 +14,19 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use lathe_api::HostPciAddress;
-use lathe_api::gpu::GpuState;
+use lathe_api::gpu::{GpuState, Severity};
 use nix::fcntl::Flock;
 
 use super::GpuError;
-use super::binding::{self, PCI_BRIDGE, class_of, function_now, unit_of};
+use super::binding::{self, BRIDGES, class_of, function_now, unit_of};
 use super::choose::{Candidate, choose};
 use super::host::{KernelHost, PciHost, VFIO_PCI};
 use super::record::{CrashPoint, Ledger, Owner, Record, State, Step};
+use super::report::Known;
 use super::reset;
 use super::scrub;
 use crate::files::{self, FileError};
+use crate::inventory;
 
 /// How long a VMM that was killed may keep its devices open.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(20);
@@ -66,8 +69,9 @@ pub struct Gpus {
     host: Box<dyn PciHost>,
     dir: PathBuf,
     boot_id: String,
-    policy: Policy,
+    pub(super) policy: Policy,
     gate: Gate,
+    pub(super) known: Mutex<BTreeMap<HostPciAddress, Known>>,
     crash_point: Box<CrashPoint>,
     /// One chooser at a time.
     choosing: Mutex<()>,
@@ -76,17 +80,27 @@ pub struct Gpus {
 impl Gpus {
     /// The devices of this host, with records in `dir`.
     pub fn new(dir: PathBuf, boot_id: String, policy: Policy) -> Self {
-        Self::on(Box::new(KernelHost::new(Path::new("/"))), dir, boot_id, policy)
+        let root = Path::new("/");
+        let preflight = |address: HostPciAddress| {
+            let checks = inventory::check(Path::new("/"), &[address]);
+            let problem = checks.into_iter().flat_map(|check| check.problems);
+            let blocks = problem.into_iter().find(|problem| problem.severity == Severity::Blocks);
+            blocks.map_or(Ok(()), |problem| Err(format!("{}; {}", problem.what, problem.fix)))
+        };
+        let gpus = Self::on(Box::new(KernelHost::new(root)), dir, boot_id, policy);
+        gpus.gated(Box::new(preflight))
     }
 
     pub(super) fn on(host: Box<dyn PciHost>, dir: PathBuf, boot_id: String, policy: Policy) -> Self {
         let gate: Gate = Box::new(|_| Ok(()));
-        Self { host, dir, boot_id, policy, gate, crash_point: Box::new(|| {}), choosing: Mutex::new(()) }
+        let known = Mutex::default();
+        let choosing = Mutex::new(());
+        Self { host, dir, boot_id, policy, gate, known, crash_point: Box::new(|| {}), choosing }
     }
 
     /// Asks `gate` before a device is taken.
     #[must_use]
-    pub fn gated(mut self, gate: Gate) -> Self {
+    pub(super) fn gated(mut self, gate: Gate) -> Self {
         self.gate = gate;
         self
     }
@@ -167,7 +181,7 @@ impl Gpus {
         if !host.answers(address) {
             return Err(GpuError::Gone(address));
         }
-        if class_of(host, address) >> 8 == PCI_BRIDGE {
+        if class_of(host, address) >> 16 == BRIDGES {
             return refused("it is a bridge; name a device below it");
         }
         let unit = unit_of(host, address)?;
@@ -178,6 +192,9 @@ impl Gpus {
         }
         if unit.iter().any(|f| host.driver(*f).as_deref() == Some(VFIO_PCI)) && !host.is_idle(address) {
             return refused("another program has it open through VFIO");
+        }
+        if let Some(fault) = self.known(address).and_then(|known| known.failed) {
+            return refused(&fault);
         }
         (self.gate)(address).map_err(|why| GpuError::Refused { address, why })?;
         Ok(unit)
@@ -249,6 +266,9 @@ impl Gpus {
         }
         self.note_functions(&mut ledger.record, &unit);
         ledger.record.proof = None;
+        let memory_bytes = self.known(address).and_then(|known| known.memory_bytes);
+        // Once the host's driver has gone nobody tells any more.
+        ledger.record.memory_bytes = memory_bytes.or(ledger.record.memory_bytes);
         ledger.enter(State::Taking(owner.clone()))?;
         Ok(())
     }
@@ -319,8 +339,7 @@ impl Gpus {
         let mut ledger = self.ledger(address)?;
         let lost = self.view(address).state == GpuState::Quarantined;
         if !lost {
-            let what = "it is not quarantined".to_owned();
-            return Err(GpuError::NotFree { address, what });
+            return Err(GpuError::NotQuarantined(address));
         }
         self.return_to_host(&mut ledger)
     }

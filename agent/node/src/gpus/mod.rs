@@ -13,6 +13,7 @@
 //! | [`binding`] | from the host's driver to `vfio-pci` and back, with what must go along |
 //! | [`reset`] | by which method, and doing it |
 //! | [`scrub`] | zeros in all memory that shows, and the proof |
+//! | [`report`] | what the inventory says of them, and what it knows that matters here |
 //! | [`host`] | the kernel's side of it: sysfs |
 //! | [`commands`] | `lathe-agent gpus` |
 //!
@@ -24,6 +25,7 @@ pub mod commands;
 mod host;
 mod lifecycle;
 mod record;
+mod report;
 mod reset;
 mod scrub;
 
@@ -93,6 +95,9 @@ pub enum GpuError {
         /// As it is.
         found: String,
     },
+    /// Nothing to release.
+    #[error("{0} is not quarantined")]
+    NotQuarantined(HostPciAddress),
     /// A process has it open.
     #[error("{0} is still open through VFIO: its virtual machine has not ended")]
     Open(HostPciAddress),

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use lathe_api::HostPciAddress;
-use lathe_api::gpu::GpuState;
+use lathe_api::gpu::{GpuHealth, GpuState};
 use tempfile::TempDir;
 
 use super::fake::Fake;
@@ -280,6 +280,10 @@ fn refusals_name_the_reason_and_change_nothing() {
     let gpus = bench.gpus();
     assert!(refusal(&gpus, "0000:00:02.0".parse().unwrap()).contains("it is a bridge"));
     assert!(refusal(&gpus, "0000:09:00.0".parse().unwrap()).contains("no such device"));
+    // A function of the chipset would take the host's bridge to ISA along.
+    let chipset = bench.fake.add("0000:00:1f.3", 0x0c0500, 8, None);
+    bench.fake.add("0000:00:1f.0", 0x060100, 8, None);
+    assert!(refusal(&gpus, chipset).contains("shares its IOMMU group with 0000:00:1f.0 (no driver)"));
     let stranger = bench.fake.add("0000:03:00.0", 0x010802, 1, Some("nvme"));
     let error = refusal(&gpus, gpu);
     assert!(error.contains("shares its IOMMU group with 0000:03:00.0 (nvme)"), "{error}");
@@ -288,6 +292,13 @@ fn refusals_name_the_reason_and_change_nothing() {
     bench.fake.change(other, |f| f.reset_method.clear());
     assert!(refusal(&gpus, other).contains("no reset"));
     bench.fake.change(other, |f| f.reset_method = "bus".into());
+    let mut told = crate::inventory::fake_gpu(other);
+    told.health = GpuHealth::Failed("Xid 94: its memory is broken".into());
+    gpus.learn(std::slice::from_ref(&told));
+    assert!(refusal(&gpus, other).contains("Xid 94"));
+    told.health = GpuHealth::Healthy;
+    gpus.learn(&[told]);
+    gpus.check(other).unwrap();
     let gated = bench.gpus().gated(Box::new(|_| Err("Xid 79: it has fallen off the bus".into())));
     assert!(refusal(&gated, other).contains("Xid 79"));
 }
@@ -323,6 +334,26 @@ fn a_machine_that_still_runs_keeps_its_device() {
     let view = gpus.view(gpu);
     assert_eq!(view.state, GpuState::Quarantined);
     assert!(view.reason.unwrap().contains("0000:01:00.0 is bound to nvidia"));
+}
+
+#[test]
+fn the_inventory_tells_who_has_a_device_and_what_is_not_lent() {
+    let (bench, gpu, other) = Bench::with_gpus();
+    take(&bench.gpus(), gpu, &sandbox("a-0-1")).unwrap();
+    let mut told = [gpu, other].map(crate::inventory::fake_gpu);
+    bench.gpus().describe(&mut told);
+    assert_eq!((told[0].state, told[0].task.as_deref()), (GpuState::InUse, Some("a-0-1")));
+    assert_eq!((told[0].driver.as_deref(), told[0].host_driver.as_deref()), (Some(VFIO_PCI), Some("nvidia")));
+    assert_eq!((told[1].state, told[1].problems.len()), (GpuState::Free, 0));
+    let only = Gpus::on(
+        Box::new(bench.fake.clone()),
+        bench.dir.path().join("gpus"),
+        "boot".into(),
+        Policy::Named(vec![gpu]),
+    );
+    only.describe(&mut told);
+    assert_eq!(told[0].problems.len(), 0);
+    assert!(!told[1].is_usable() && told[1].problems[0].what.contains("--gpu-devices"));
 }
 
 #[test]
