@@ -26,6 +26,7 @@ pub fn read(root: &Path) -> Inventory {
         disks: devices::disks(&host),
         nics: devices::nics(&host),
         pci: devices::pci(&host),
+        gpus: Vec::new(),
         classes: Vec::new(),
         class_problems: Vec::new(),
     }
