@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use crate::HostPciAddress;
 
 /// One GPU of a host.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Gpu {
     /// Its PCI function.
     #[schema(value_type = String, example = "0000:65:00.0")]
@@ -172,7 +172,7 @@ pub struct PcieLink {
 }
 
 /// What NVML says of a GPU.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NvmlInfo {
     /// `GPU-` and a UUID.
     pub uuid: String,
@@ -254,4 +254,16 @@ pub enum Severity {
     Warns,
     /// It cannot be given to a sandbox.
     Blocks,
+}
+
+/// Whether a PCI function can be given to a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DeviceCheck {
+    /// The function.
+    #[schema(value_type = String)]
+    pub address: HostPciAddress,
+    /// What it is: its class and IDs; empty if it does not exist.
+    pub what: String,
+    /// What is in the way; what blocks comes first.
+    pub problems: Vec<GpuProblem>,
 }

@@ -4,7 +4,8 @@
 //! | --- | --- | --- |
 //! | [`watch_desired`] | the coordinator's stream | the latest [`NodeDesired`] |
 //! | [`reconcile`] | that, and what is on the host | sandboxes as observed |
-//! | [`report`] | sandboxes as observed | reports, which are the heartbeat too |
+//! | [`read_inventories`] | the host's files and drivers | the inventory |
+//! | [`report`] | sandboxes as observed, the inventory | reports, which are the heartbeat too |
 //! | [`ship`] | spools | output |
 //!
 //! Each goes on by itself when the coordinator is away, and retries with a capped delay.
@@ -12,13 +13,15 @@
 
 use std::fs::File;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use futures_util::StreamExt;
+use lathe_api::HostPciAddress;
 use lathe_api::client::{Client, ClientOptions};
+use lathe_api::gpu::{DeviceCheck, Gpu};
 use lathe_api::node::{Inventory, NodeReport, REPORT_INTERVAL_MS, SandboxStatus};
 use lathe_api::sandbox::NodeDesired;
 use nix::fcntl::Flock;
@@ -111,7 +114,9 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     }
     tokio::spawn(watch_desired(client.clone(), host.clone(), desired_sender, changed.clone()));
     tokio::spawn(ship(client.clone(), host.clone(), shipped.0, ended.clone(), changed.clone()));
-    tokio::spawn(report(client, settings.address.clone(), host.paths.clone(), snapshot, connected_sender));
+    let inventory = watch::channel(first_inventory(&host.paths));
+    tokio::spawn(read_inventories(host.paths.clone(), inventory.0));
+    tokio::spawn(report(client, settings.address.clone(), inventory.1, snapshot, connected_sender));
     let reconciler = Reconciler::new(host.clone(), changed.clone());
     let stop = Arc::new(Notify::new());
     let state = ReconcileState { desired, shipped: shipped.1, ended, connected, snapshot: snapshot_sender };
@@ -173,7 +178,20 @@ pub fn lock_host() -> anyhow::Result<Flock<File>> {
 /// Loads the kernel modules that sandboxes need, where they are modules: what is asked for in
 /// `/proc/filesystems` and `/dev` shows only what is loaded. Without modprobe nothing is lost but that.
 pub fn load_modules() {
-    let modules = ["tun", "bridge", "veth", "loop", "overlay", "erofs", "nf_tables", "kvm_intel", "kvm_amd"];
+    let modules = [
+        "tun",
+        "bridge",
+        "veth",
+        "loop",
+        "overlay",
+        "erofs",
+        "nf_tables",
+        "kvm_intel",
+        "kvm_amd",
+        "vfio-pci",
+        "vfio_iommu_type1",
+        "iommufd",
+    ];
     for module in modules {
         let command = std::process::Command::new("modprobe")
             .args(["-q", module])
@@ -239,7 +257,7 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn last_desired(paths: &Paths) -> std::path::PathBuf {
+fn last_desired(paths: &Paths) -> PathBuf {
     paths.state.join("desired.json")
 }
 
@@ -342,19 +360,13 @@ async fn reconcile(
 async fn report(
     client: Client,
     address: String,
-    paths: Paths,
+    inventory: watch::Receiver<Inventory>,
     mut snapshot: watch::Receiver<Snapshot>,
     connected: watch::Sender<bool>,
 ) {
-    let mut inventory = read_inventory(&paths);
-    let mut read = Instant::now();
     let mut last: Option<(Vec<SandboxStatus>, Instant)> = None;
     let interval = Duration::from_millis(REPORT_INTERVAL_MS);
     loop {
-        if read.elapsed() > INVENTORY_INTERVAL {
-            inventory = read_inventory(&paths);
-            read = Instant::now();
-        }
         let Snapshot { sandboxes, passes, .. } = snapshot.borrow_and_update().clone();
         // Before the first pass nothing was observed: an empty report would be a lie.
         let due = passes > 0
@@ -364,7 +376,7 @@ async fn report(
         if due {
             let report = NodeReport {
                 address: address.clone(),
-                inventory: inventory.clone(),
+                inventory: inventory.borrow().clone(),
                 sandboxes: sandboxes.clone(),
             };
             let sent = client.report(&report).await;
@@ -391,12 +403,54 @@ fn same_states(a: &[SandboxStatus], b: &[SandboxStatus]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| key(a) == key(b))
 }
 
-/// The inventory with what can run here.
+/// The inventory with what can run here, and what drivers say of their GPUs: may take a minute.
 pub fn read_inventory(paths: &Paths) -> Inventory {
+    let mut inventory = read_files(paths);
+    inventory::ask_nvml(Path::new("/"), &mut inventory.gpus, &nvml_program());
+    inventory
+}
+
+/// What files tell of it.
+fn read_files(paths: &Paths) -> Inventory {
     let root = Path::new("/");
     let search = std::env::var("PATH").unwrap_or_default();
     let (classes, class_problems) = inventory::classes(ClassInputs { root, paths, search: &search });
     Inventory { classes, class_problems, ..inventory::read(root) }
+}
+
+/// What can be reported at once: GPUs whose driver was not asked yet are not offered.
+fn first_inventory(paths: &Paths) -> Inventory {
+    let mut inventory = read_files(paths);
+    inventory::hold_back_unasked(&mut inventory.gpus);
+    inventory.gpus.iter_mut().for_each(Gpu::clear_readings);
+    inventory
+}
+
+/// Reads the inventory again and again, away from the reports: a driver with a sick GPU must not make
+/// the node look dead.
+async fn read_inventories(paths: Paths, inventory: watch::Sender<Inventory>) {
+    loop {
+        let paths = paths.clone();
+        match tokio::task::spawn_blocking(move || read_inventory(&paths)).await {
+            Ok(mut read) => {
+                read.gpus.iter_mut().for_each(Gpu::clear_readings);
+                inventory.send_replace(read);
+            }
+            Err(error) => tracing::error!(%error, "the inventory was not read"),
+        }
+        sleep(INVENTORY_INTERVAL).await;
+    }
+}
+
+/// `lathe-nvml` beside this program, unless `LATHE_NVML` says otherwise.
+fn nvml_program() -> PathBuf {
+    let beside = || std::env::current_exe().unwrap_or_default().with_file_name("lathe-nvml");
+    std::env::var_os("LATHE_NVML").map_or_else(beside, PathBuf::from)
+}
+
+/// Whether functions can be given to sandboxes; all GPUs of this host where none is named.
+pub fn check_devices(addresses: &[HostPciAddress]) -> Vec<DeviceCheck> {
+    inventory::check(Path::new("/"), addresses)
 }
 
 /// Ships output, for ever; at once when the end of a sandbox waits for it.

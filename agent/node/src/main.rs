@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use lathe_agent::paths::Paths;
 use lathe_agent::{agent, identity, manual, reset, supervisor};
+use lathe_api::HostPciAddress;
 
 /// The host agent of Lathe.
 #[derive(Debug, Parser)]
@@ -28,6 +29,17 @@ enum Command {
         /// As JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        directories: Directories,
+    },
+    /// Print the GPUs of this host as JSON; `lathe gpu` shows them to people.
+    Gpus {
+        /// What is in the way of giving PCI functions to sandboxes instead; of all GPUs if none is named.
+        #[arg(long)]
+        check: bool,
+        /// PCI addresses, as 0000:65:00.0.
+        #[arg(requires = "check")]
+        addresses: Vec<HostPciAddress>,
         #[command(flatten)]
         directories: Directories,
     },
@@ -159,6 +171,15 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Supervise { dir } => supervisor::main(&dir)?,
         Command::Exec { parent, cgroup, argv } => match supervisor::exec::main(parent, &cgroup, &argv)? {},
         Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
+        Command::Gpus { check, addresses, directories } => {
+            agent::load_modules();
+            let json = if check {
+                serde_json::to_string_pretty(&agent::check_devices(&addresses))?
+            } else {
+                serde_json::to_string_pretty(&agent::read_inventory(&directories.paths()?).gpus)?
+            };
+            println!("{json}");
+        }
         Command::Reset { state, force, directories } => {
             runtime()?.block_on(reset::run(directories.paths()?, state, force))?;
         }
