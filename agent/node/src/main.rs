@@ -166,6 +166,8 @@ fn main() -> ExitCode {
     let default = match &arguments.command {
         // Its words would come out of the container's own stderr; what matters of them it returns.
         Command::Supervise { .. } => "info,libcontainer=off,libcgroups=off",
+        // What it does it prints.
+        Command::Gpus { .. } => "warn",
         _ => "info",
     };
     let filter = EnvFilter::try_from_env("LATHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));

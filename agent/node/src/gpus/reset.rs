@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::host::PciHost;
 
-/// Resets the buses below a bridge; an attribute of bridges from Linux 6.14 on. It reaches devices with
+/// Resets the buses below a bridge; an attribute of bridges in newer kernels. It reaches devices with
 /// several functions, which the kernel's `bus` method leaves alone.
 const SUBORDINATE: &str = "../reset_subordinate";
 
@@ -62,7 +62,7 @@ pub enum Method {
 pub struct Situation<'a> {
     /// Whether it is a GPU: display class or processing accelerator.
     pub gpu: bool,
-    /// The function's `reset_method`, if the kernel has it.
+    /// The function's `reset_method`; the kernel has it for functions that it can reset by themselves.
     pub listed: Option<&'a str>,
     /// Whether an older kernel without that offers a `reset`.
     pub plain: bool,
@@ -76,8 +76,11 @@ pub struct Situation<'a> {
 pub fn choose(situation: Situation<'_>) -> Option<Method> {
     let Situation { gpu, listed, plain, alone, subordinate } = situation;
     let listed = match listed {
+        // Emptied by an operator, which the kernel takes as: it must not be reset.
+        Some("") => return None,
         Some(text) => text,
-        None => return plain.then_some(Method::Kernel),
+        None if plain => return Some(Method::Kernel),
+        None => return (alone && subordinate).then_some(Method::Subordinate),
     };
     let has = |method: &str| listed.split_whitespace().any(|m| m == method);
     if gpu && alone {
@@ -94,10 +97,7 @@ pub fn choose(situation: Situation<'_>) -> Option<Method> {
     let wanted = order.into_iter().find(|method| has(method) && (alone || !method.ends_with("bus")));
     // One that this version does not know is the kernel's best.
     let unknown = || listed.split_whitespace().find(|m| !order.contains(m));
-    match wanted.or_else(unknown) {
-        Some(method) => Some(Method::Listed(method.to_owned())),
-        None => (alone && subordinate).then_some(Method::Subordinate),
-    }
+    wanted.or_else(unknown).map(|method| Method::Listed(method.to_owned()))
 }
 
 /// What [`choose`] decides on, read from the host.
@@ -196,9 +196,11 @@ mod tests {
     fn a_reset_that_would_hit_others_is_none() {
         assert_eq!(chosen(true, "bus", false, true), None);
         assert_eq!(chosen(true, "", false, false), None);
-        assert_eq!(chosen(true, "", true, true).as_deref(), Some("subordinate"));
+        assert_eq!(chosen(true, "", true, true), None);
         let old = Situation { gpu: true, listed: None, plain: true, alone: false, subordinate: false };
         assert_eq!(choose(old), Some(Method::Kernel));
         assert_eq!(choose(Situation { plain: false, ..old }), None);
+        let below_a_bridge = Situation { plain: false, alone: true, subordinate: true, ..old };
+        assert_eq!(choose(below_a_bridge), Some(Method::Subordinate));
     }
 }

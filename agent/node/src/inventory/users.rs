@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use lathe_api::gpu::GpuProblem;
@@ -57,6 +58,13 @@ impl Users {
             problems
                 .push(blocks(format!("a filesystem of it is mounted at {}", join(&mounted)), "umount it"));
         }
+        let claimed = |disk: &String| is_claimed(&function.host.path(format!("dev/{disk}")));
+        if mounted.is_empty()
+            && let Some(disk) = disks(function).into_iter().find(claimed)
+        {
+            let what = format!("the host uses the disk {disk}: for a filesystem, volume group, RAID or swap");
+            problems.push(blocks(what, format!("lsblk /dev/{disk} shows which; take it out of that")));
+        }
         let up: Vec<_> = interfaces(function);
         if !up.is_empty() {
             let fix = format!("if the host can do without: ip link set {} down", up[0]);
@@ -85,13 +93,7 @@ impl Users {
     }
 
     fn mounts_of(&self, function: &Function<'_>) -> Vec<String> {
-        let controllers = function.host.names(function.file("nvme")).into_iter();
-        let disks: Vec<_> = controllers
-            .flat_map(|name| {
-                let inside = function.host.names(function.file(&format!("nvme/{name}"))).into_iter();
-                inside.filter(move |disk| disk.strip_prefix(&name).is_some_and(|rest| rest.starts_with('n')))
-            })
-            .collect();
+        let disks = disks(function);
         let lines = self.mounts.lines().filter_map(|line| {
             let mut words = line.split_whitespace();
             let disk = words.next()?.strip_prefix("/dev/")?;
@@ -103,6 +105,31 @@ impl Users {
         });
         lines.collect()
     }
+}
+
+/// Namespaces of an NVMe controller, by the names of their block devices.
+fn disks(function: &Function<'_>) -> Vec<String> {
+    let controllers = function.host.names(function.file("nvme")).into_iter();
+    controllers
+        .flat_map(|name| function.host.names(function.file(&format!("nvme/{name}"))))
+        .filter_map(|entry| disk_name(&entry))
+        .collect()
+}
+
+/// The disk of an entry below a controller: `nvme0n1`, or `nvme0c1n1` where the kernel is ready for several
+/// paths to one disk, which is then `nvme0n1` all the same.
+fn disk_name(entry: &str) -> Option<String> {
+    let (controller, namespace) = entry.strip_prefix("nvme")?.split_once('n')?;
+    let subsystem = controller.split('c').next()?;
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    (number(subsystem) && number(namespace)).then(|| format!("nvme{subsystem}n{namespace}"))
+}
+
+/// Whether the kernel itself uses a block device or a part of it: filesystems of all mount namespaces, volume
+/// groups, RAID, swap. Each of them has claimed it, and a second claim is refused.
+fn is_claimed(disk: &Path) -> bool {
+    let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(disk);
+    matches!(opened, Err(error) if error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// Device files of GPUs and guests among a process's open ones. A process may end meanwhile.
@@ -146,4 +173,22 @@ fn join(names: &[String]) -> String {
         text.push_str(&format!(" and {} more", names.len() - SHOWN));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_known_by_their_own_names() {
+        for (entry, disk) in [
+            ("nvme0n1", Some("nvme0n1")),
+            ("nvme3c12n20", Some("nvme3n20")),
+            ("numa_node", None),
+            ("nvme0", None),
+            ("nvmenn1", None),
+        ] {
+            assert_eq!(disk_name(entry).as_deref(), disk, "{entry}");
+        }
+    }
 }
