@@ -3,11 +3,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
+use lathe_api::MemorySize;
+use lathe_api::artefact::{Dataset, DatasetFile, Digest, Image};
+use lathe_api::job::{IsolationClass, Resources};
+use lathe_api::sandbox::{Desired, SandboxDataset, SandboxSpec};
 use lathe_e2e::artefacts;
 use lathe_e2e::wait::{PATIENCE, until};
-use lathe_testbed::{Bed, Device, Host, HostDescription};
+use lathe_testbed::{Bed, Device, Host, HostDescription, Process};
 use serde_json::Value;
 
 const GPU: &str = "0000:01:00.0";
@@ -245,4 +252,109 @@ fn mistakes_are_refused_in_one_line_and_change_nothing() {
     assert_eq!(before.unwrap(), after.unwrap());
     let taken = succeeds(&host, "take --count 2 --gpu-devices 0000:05:00.0,0000:02:00.0");
     assert!(taken.contains(NIC) && taken.contains(BARE), "{taken}");
+}
+
+/// Blobs of the image and the dataset, in a folder, and the specification of a sandbox that waits for a
+/// member of its gang that never comes.
+fn waiting_sandbox(folder: &Path) -> SandboxSpec {
+    let archive = artefacts::least_squares_image().unwrap();
+    let unpacked = Command::new("tar").arg("-xf").arg(archive).arg("-C").arg(folder).status().unwrap();
+    assert!(unpacked.success());
+    let index: Value = serde_json::from_slice(&fs::read(folder.join("index.json")).unwrap()).unwrap();
+    let manifest = &index["manifests"][0];
+    let csv = fs::read(artefacts::longley()).unwrap();
+    let digest = Digest::of(&csv);
+    fs::write(folder.join("blobs/sha256").join(digest.hex()), &csv).unwrap();
+    let files = vec![DatasetFile { path: "longley.csv".into(), digest, size_bytes: csv.len() as u64 }];
+    let dataset = Dataset { name: "longley".into(), digest: Dataset::digest_of(&files), files };
+    let args = "fit --data /data/longley.csv --response TOTEMP --features GNP --world-size 99 \
+                --connect-timeout 3600";
+    SandboxSpec {
+        id: "gpu-0-1".into(),
+        tenant: "default".into(),
+        job: "gpu".into(),
+        rank: 0,
+        desired: Desired::Running,
+        class: IsolationClass::Microvm,
+        image: Image {
+            name: "least-squares".into(),
+            digest: manifest["digest"].as_str().unwrap().parse().unwrap(),
+            size_bytes: manifest["size"].as_u64().unwrap(),
+        },
+        entrypoint: None,
+        args: args.split_whitespace().map(str::to_owned).collect(),
+        env: Vec::new(),
+        resources: Resources { memory: MemorySize::from_mib(128), gpus: 1, ..Resources::default() },
+        datasets: vec![SandboxDataset { dataset, mount: "/data".into() }],
+        address: "10.42.0.2".into(),
+        hosts: Vec::new(),
+        grace_seconds: 1,
+    }
+}
+
+#[test]
+fn a_sandbox_has_its_device_until_nothing_of_it_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = waiting_sandbox(folder.path());
+    let guest = artefacts::guest_bundle().unwrap();
+    let bed = Bed::new().unwrap();
+    let mut description = HostDescription::new("n1")
+        .device(Device::root_port(Device::other("bochs-display")))
+        .share(folder.path())
+        .file(artefacts::binary("lathe-agent").unwrap(), "/usr/bin/lathe-agent")
+        .file(artefacts::binary("lathe-vmm").unwrap(), "/usr/bin/lathe-vmm");
+    for name in ["vmlinuz", "initramfs", "cmdline"] {
+        description = description.file(guest.join(name), format!("/usr/lib/lathe/guest/{name}"));
+    }
+    let host = bed.boot(description).unwrap();
+    host.shell("modprobe bochs").unwrap();
+    host.write_file("/run/spec.json", serde_json::to_vec(&spec).unwrap()).unwrap();
+    let run = ["lathe-agent", "sandbox", "run", "/run/spec.json", "--blobs", "/share/blobs/sha256"];
+    let mut agent = host.spawn(run, "/run/first.log").unwrap();
+    until_running(&host, &mut agent, "/run/first.log");
+    assert_eq!(row(&host, GPU)["owner"], "sandbox gpu-0-1");
+    assert_eq!(driver(&host, GPU), "vfio-pci");
+    let machine = host.read_file("/var/lib/lathe/sandboxes/gpu-0-1/vm.json").unwrap();
+    let machine: Value = serde_json::from_slice(&machine).unwrap();
+    assert_eq!(machine["passthrough"][0]["address"], GPU);
+    // All of its memory is pinned for the device.
+    let limits = host.shell("cat /proc/$(pidof lathe-vmm)/limits | grep 'locked memory'").unwrap();
+    assert!(limits.contains("unlimited"), "{limits}");
+
+    // The agent dies, and its sandbox has the device still.
+    agent.signal(9).unwrap();
+    agent.wait(PATIENCE).unwrap();
+    succeeds(&host, "recover");
+    assert_eq!(state(&host, GPU), "in_use");
+    assert!(fails(&host, &format!("take {GPU}")).contains("sandbox gpu-0-1 has it"));
+    // The next one takes it over, and gives the device back with the rest.
+    let mut agent = host.spawn(run, "/run/second.log").unwrap();
+    until_running(&host, &mut agent, "/run/second.log");
+    let caught = format!("grep SigCgt /proc/{}/status", agent.pid());
+    until("it listens to signals", PATIENCE, || {
+        let text = host.shell(&caught)?;
+        let mask = u64::from_str_radix(text.trim_start_matches("SigCgt:").trim(), 16)?;
+        // Signal n is bit n - 1.
+        Ok((mask & 1 << 14 != 0).then_some(()))
+    })
+    .unwrap();
+    agent.signal(15).unwrap();
+    agent.wait(Duration::from_secs(120)).unwrap().unwrap();
+    assert_eq!((state(&host, GPU).as_str(), driver(&host, GPU).as_str()), ("free", "bochs-drm"));
+    assert!(row(&host, GPU)["last"].as_str().unwrap().contains("memory proven zero: 16 MiB"));
+}
+
+/// Waits until the sandbox's supervisor says that its task runs.
+fn until_running(host: &Host, agent: &mut Process, log: &str) {
+    let status = "/var/lib/lathe/sandboxes/gpu-0-1/status.json";
+    let running = until("the task runs", PATIENCE, || {
+        if let Some(ended) = agent.wait(Duration::ZERO)? {
+            anyhow::bail!("the agent ended: {ended:?}");
+        }
+        let text = host.read_file(status).unwrap_or_default();
+        Ok(String::from_utf8_lossy(&text).contains("\"running\"").then_some(()))
+    });
+    if let Err(error) = running {
+        panic!("{error:#}: {}", String::from_utf8_lossy(&host.read_file(log).unwrap_or_default()));
+    }
 }
