@@ -110,9 +110,9 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let ended = Arc::new(Notify::new());
     let (connected_sender, connected) = watch::channel(false);
     if let Some(address) = settings.metrics {
-        let snapshot = snapshot.clone();
+        let (snapshot, gpus) = (snapshot.clone(), host.gpus.clone());
         tokio::spawn(async move {
-            if let Err(error) = metrics::serve(address, snapshot).await {
+            if let Err(error) = metrics::serve(address, snapshot, gpus).await {
                 tracing::error!(%address, %error, "cannot serve metrics");
             }
         });
@@ -256,7 +256,7 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
         tracing::info!(id = observed.id(), running = observed.supervised, "found a sandbox");
     }
     host.network.sweep(&known).await?;
-    recover_gpus(host, &found);
+    recover_gpus(host, &found)?;
     if let Ok(desired) = files::read_json::<NodeDesired>(&last_desired(&host.paths))
         && let Err(error) = host.network.configure(&desired.network).await
     {
@@ -265,17 +265,20 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes back devices that no sandbox has. Beside everything else, because proving a large memory clean
-/// takes minutes; until then they are not free.
-fn recover_gpus(host: &Host, found: &[Observed]) {
+/// Takes back devices that no sandbox has. Which those are is seen now, before any is started; the work is
+/// done beside everything else, because proving a large memory clean takes minutes. Until then they are
+/// not free.
+fn recover_gpus(host: &Host, found: &[Observed]) -> Result<(), files::FileError> {
     let has = |o: &Observed| o.record.steps.iter().any(|step| matches!(step, Step::Gpus { .. }));
-    let owners: HashSet<String> = found.iter().filter(|o| has(o)).map(|o| o.id().to_owned()).collect();
+    let owners: HashSet<&str> = found.iter().filter(|o| has(o)).map(Observed::id).collect();
+    let stale = host.gpus.stale(|id| owners.contains(id))?;
     let gpus = host.gpus.clone();
     tokio::task::spawn_blocking(move || {
-        if let Err(error) = gpus.recover(|id| owners.contains(id)) {
+        if let Err(error) = gpus.take_back_stale(stale) {
             tracing::error!(%error, "devices that an earlier agent had are not all back");
         }
     });
+    Ok(())
 }
 
 fn last_desired(paths: &Paths) -> PathBuf {

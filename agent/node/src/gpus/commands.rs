@@ -156,7 +156,7 @@ struct Row {
 
 impl Row {
     fn of(gpus: &Gpus, address: HostPciAddress) -> Self {
-        let View { state, reason, owner, host_driver, last } = gpus.view(address);
+        let View { state, reason, owner, host_driver, last, .. } = gpus.view(address);
         let owner = owner.map(|owner| owner.to_string());
         Self { address, state, owner, reason, driver: gpus.driver(address), host_driver, last }
     }
@@ -265,11 +265,8 @@ fn each(
 }
 
 fn list(gpus: &Gpus, json: bool) -> anyhow::Result<()> {
-    let mut addresses = gpus.devices();
-    addresses.extend(gpus.on_record().context("cannot read the records")?);
-    addresses.sort_unstable();
-    addresses.dedup();
-    let rows: Vec<Row> = addresses.into_iter().map(|address| Row::of(gpus, address)).collect();
+    let all = gpus.lent_or_on_record().context("cannot read the records")?;
+    let rows: Vec<Row> = all.into_iter().map(|address| Row::of(gpus, address)).collect();
     if json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(());

@@ -21,15 +21,11 @@ use super::GpuError;
 use super::binding::{self, BRIDGES, class_of, function_now, unit_of};
 use super::choose::{Candidate, choose};
 use super::host::{KernelHost, PciHost, VFIO_PCI};
-use super::record::{CrashPoint, Ledger, Owner, Record, State, Step};
+use super::record::{CrashPoint, Ledger, Owner, Record, State, Times};
 use super::report::Known;
 use super::reset;
-use super::scrub;
 use crate::files::{self, FileError};
 use crate::inventory;
-
-/// How long a VMM that was killed may keep its devices open.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long to wait for somebody else's work on a device: a scrub of the largest takes minutes.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3600);
@@ -62,13 +58,15 @@ pub struct View {
     pub host_driver: Option<String>,
     /// Its last reset and the proof of its memory, for people.
     pub last: Option<String>,
+    /// How long its last hand-over took.
+    pub times: Times,
 }
 
 /// The host's devices and their records.
 pub struct Gpus {
-    host: Box<dyn PciHost>,
+    pub(super) host: Box<dyn PciHost>,
     dir: PathBuf,
-    boot_id: String,
+    pub(super) boot_id: String,
     pub(super) policy: Policy,
     gate: Gate,
     pub(super) known: Mutex<BTreeMap<HostPciAddress, Known>>,
@@ -128,8 +126,9 @@ impl Gpus {
 
     /// What can be said of a device.
     pub fn view(&self, address: HostPciAddress) -> View {
+        let times = Times::default();
         let mut view =
-            View { state: GpuState::Free, reason: None, owner: None, host_driver: None, last: None };
+            View { state: GpuState::Free, reason: None, owner: None, host_driver: None, last: None, times };
         let record = match self.ledger(address) {
             Ok(ledger) => ledger.record,
             Err(error) => {
@@ -140,6 +139,7 @@ impl Gpus {
         let text =
             |reset: &reset::ResetDone| format!("reset by {} in {} ms", reset.method, reset.milliseconds);
         let done = [record.reset.as_ref().map(text), record.proof.as_ref().map(ToString::to_string)];
+        view.times = record.times;
         view.last = Some(done.into_iter().flatten().collect::<Vec<_>>().join(", ")).filter(|t| !t.is_empty());
         if record.state != State::Free {
             view.host_driver = record.functions.first().and_then(|function| function.driver.clone());
@@ -344,29 +344,45 @@ impl Gpus {
         self.return_to_host(&mut ledger)
     }
 
-    /// Gives back to the host what a crash or a restart has left: devices on their way, and those of
-    /// sandboxes that `lives` does not know. Devices that somebody works on are left to him.
+    /// What a crash or a restart has left: devices on their way, and those of sandboxes that `lives` does not
+    /// know. To be asked before any sandbox is started, and then given to [`Gpus::take_back_stale`].
     ///
     /// # Errors
-    /// When records cannot be read or written.
-    pub fn recover(&self, lives: impl Fn(&str) -> bool) -> Result<(), GpuError> {
-        for record in self.records()? {
-            let Some(_lock) = self.lock(record.address, Duration::ZERO)? else { continue };
-            let mut ledger = self.ledger(record.address)?;
-            let stale = match &ledger.record.state {
-                State::Free | State::Quarantined(_) => false,
-                State::Taking(_) | State::Scrubbing(_) => true,
-                // After a restart of the host its old driver has it, and the last tenant's data may be in it.
-                State::InUse(_) if ledger.record.boot_id != self.boot_id => true,
-                State::InUse(Owner::Sandbox(id)) => !lives(id),
-                State::InUse(Owner::Operator(_)) => false,
-            };
-            if stale {
-                tracing::info!(address = %record.address, step = ?record.step, "taking back a device");
+    /// When records cannot be read.
+    pub fn stale(&self, lives: impl Fn(&str) -> bool) -> Result<Vec<Record>, FileError> {
+        let is_stale = |record: &Record| match &record.state {
+            State::Free | State::Quarantined(_) => false,
+            State::Taking(_) | State::Scrubbing(_) => true,
+            // After a restart of the host its old driver has it, and the last tenant's data may be in it.
+            State::InUse(_) if record.boot_id != self.boot_id => true,
+            State::InUse(Owner::Sandbox(id)) => !lives(id),
+            State::InUse(Owner::Operator(_)) => false,
+        };
+        Ok(self.records()?.into_iter().filter(is_stale).collect())
+    }
+
+    /// Gives back to the host what [`Gpus::stale`] found, unless somebody works on it or has done so since.
+    ///
+    /// # Errors
+    /// When records cannot be written.
+    pub fn take_back_stale(&self, stale: Vec<Record>) -> Result<(), GpuError> {
+        for found in stale {
+            let Some(_lock) = self.lock(found.address, Duration::ZERO)? else { continue };
+            let mut ledger = self.ledger(found.address)?;
+            if ledger.record == found {
+                tracing::info!(address = %found.address, step = ?found.step, "taking back a device");
                 self.return_to_host(&mut ledger).or_else(tell_files)?;
             }
         }
         Ok(())
+    }
+
+    /// Both at once, where no sandbox is started meanwhile.
+    ///
+    /// # Errors
+    /// When records cannot be read or written.
+    pub fn recover(&self, lives: impl Fn(&str) -> bool) -> Result<(), GpuError> {
+        self.take_back_stale(self.stale(lives)?)
     }
 
     /// Gives everything back to the host's drivers, quarantined devices too; those stay on record as such.
@@ -391,144 +407,9 @@ impl Gpus {
         Ok(())
     }
 
-    /// From whatever there is of it to the host's driver, clean. The lock is held.
-    fn return_to_host(&self, ledger: &mut Ledger<'_>) -> Result<(), GpuError> {
-        let host = &*self.host;
-        let (owner, untouched) = match &ledger.record.state {
-            State::Taking(owner) => (Some(owner.clone()), self.is_as_it_was(&ledger.record)),
-            State::InUse(owner) => (Some(owner.clone()), false),
-            State::Scrubbing(owner) => (owner.clone(), false),
-            State::Free | State::Quarantined(_) => (None, false),
-        };
-        // One that never left its driver only has marks to be removed.
-        let returned = if untouched {
-            binding::give_back(host, ledger)
-        } else {
-            ledger.enter(State::Scrubbing(owner))?;
-            self.take_back(ledger).and_then(|()| binding::give_back(host, ledger))
-        };
-        match returned {
-            Ok(()) => {
-                ledger.enter(State::Free)?;
-                let last = self.view(ledger.record.address).last.unwrap_or_default();
-                tracing::info!(address = %ledger.record.address, last, "device free");
-                Ok(())
-            }
-            Err(error) => self.quarantine(ledger, error),
-        }
-    }
-
-    fn take_back(&self, ledger: &mut Ledger<'_>) -> Result<(), GpuError> {
-        let host = &*self.host;
-        let address = ledger.record.address;
-        if !host.answers(address) {
-            return Err(GpuError::Gone(address));
-        }
-        if ledger.record.boot_id != self.boot_id || ledger.record.functions.is_empty() {
-            let unit = unit_of(host, address)?;
-            self.note_functions(&mut ledger.record, &unit);
-        }
-        let end = Instant::now() + CLOSE_PATIENCE;
-        while !host.is_idle(address) {
-            if Instant::now() > end {
-                return Err(GpuError::Open(address));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        // The tenant's last orders to the device end before VFIO's walls around it come down.
-        let walled = ledger.record.addresses().iter().all(|f| host.driver(*f).as_deref() == Some(VFIO_PCI));
-        if walled {
-            self.reset(ledger)?;
-        }
-        binding::seize(host, ledger)?;
-        self.clean(ledger, walled)
-    }
-
-    /// Resets it, unless that is done, and proves its memory clean. No driver has it.
-    fn clean(&self, ledger: &mut Ledger<'_>, is_reset: bool) -> Result<(), GpuError> {
-        if !is_reset {
-            self.reset(ledger)?;
-        }
-        let host = &*self.host;
-        ledger.record.proof = None;
-        let mut whole: Option<scrub::Proof> = None;
-        for address in ledger.record.addresses() {
-            let proof = ledger.step(Step::Scrub(address), |record| {
-                let first = address == record.address;
-                let memory = record.memory_bytes.filter(|_| first);
-                scrub::scrub(host, address, record.held_memory && first, memory)
-                    .map_err(|source| GpuError::Scrub { address, source })
-            })?;
-            // The others bring no memory of their own as a rule; what they bring counts.
-            match &mut whole {
-                None => {
-                    ledger.record.held_memory |= proof.zero_bytes > 0;
-                    whole = Some(proof);
-                }
-                Some(whole) => {
-                    whole.zero_bytes += proof.zero_bytes;
-                    whole.milliseconds += proof.milliseconds;
-                }
-            }
-        }
-        ledger.record.times.scrub_ms = whole.as_ref().map_or(0, |proof| proof.milliseconds);
-        ledger.record.proof = whole;
-        Ok(())
-    }
-
-    fn reset(&self, ledger: &mut Ledger<'_>) -> Result<(), GpuError> {
-        let host = &*self.host;
-        let ours = ledger.record.addresses();
-        ledger.record.times.reset_ms = 0;
-        for address in &ours {
-            let (address, first) = (*address, *address == ledger.record.address);
-            let class = class_of(host, address);
-            let gpu = class >> 16 == 0x03 || class >> 8 == 0x1200;
-            let done = ledger.step(Step::Reset(address), |_| {
-                reset::reset(host, address, &ours, gpu).map_err(|source| GpuError::Reset { address, source })
-            });
-            match done {
-                Ok(done) => {
-                    ledger.record.times.reset_ms += done.milliseconds;
-                    // A reset of the bus was theirs as well.
-                    let all = done.method == "bus_all";
-                    if first {
-                        ledger.record.reset = Some(done);
-                    }
-                    if all {
-                        break;
-                    }
-                }
-                // The audio part of a graphics card often has none of its own.
-                Err(GpuError::Reset { source: reset::ResetError::NoMethod, .. }) if !first => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn quarantine<T>(&self, ledger: &mut Ledger<'_>, error: GpuError) -> Result<T, GpuError> {
-        // Without its record nothing is known; the state on disk is not free either.
-        if !matches!(error, GpuError::File(_)) {
-            let address = ledger.record.address;
-            tracing::error!(%address, %error, "device quarantined");
-            let advice = format!("repair it, then run `lathe-agent gpus release-quarantine {address}`");
-            ledger.enter(State::Quarantined(format!("{error}; {advice}")))?;
-        }
-        Err(error)
-    }
-
-    fn note_functions(&self, record: &mut Record, unit: &[HostPciAddress]) {
+    pub(super) fn note_functions(&self, record: &mut Record, unit: &[HostPciAddress]) {
         record.functions = unit.iter().map(|address| function_now(&*self.host, *address)).collect();
         record.boot_id.clone_from(&self.boot_id);
-    }
-
-    /// Whether every function is bound to what it was, in this boot.
-    fn is_as_it_was(&self, record: &Record) -> bool {
-        let bound = record.functions.iter().all(|f| f.driver == self.host.driver(f.address));
-        // Without a driver before, it cannot be seen what was done.
-        let told = record.functions.iter().all(|f| f.driver.is_some());
-        bound && told && record.boot_id == self.boot_id
     }
 
     fn candidate(&self, address: HostPciAddress) -> Candidate {
@@ -552,12 +433,16 @@ impl Gpus {
         Ledger::open(&self.dir, address, &self.boot_id, &*self.crash_point)
     }
 
-    /// Devices that were ever lent.
+    /// Devices that may be lent, and those that ever were.
     ///
     /// # Errors
     /// When the records cannot be listed.
-    pub fn on_record(&self) -> Result<Vec<HostPciAddress>, FileError> {
-        Ok(self.records()?.iter().map(|record| record.address).collect())
+    pub fn lent_or_on_record(&self) -> Result<Vec<HostPciAddress>, FileError> {
+        let mut all = self.devices();
+        all.extend(self.records()?.iter().map(|record| record.address));
+        all.sort_unstable();
+        all.dedup();
+        Ok(all)
     }
 
     /// The driver that is bound.

@@ -8,6 +8,7 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`lifecycle`] | the states, and what leads from one to the next; recovery after a crash |
+//! | [`handover`] | the way back to the host, reset and proof |
 //! | [`choose`] | which of the free ones a sandbox gets |
 //! | [`record`] | what is known of a device, in a file, written before it is true |
 //! | [`binding`] | from the host's driver to `vfio-pci` and back, with what must go along |
@@ -22,6 +23,7 @@
 mod binding;
 mod choose;
 pub mod commands;
+mod handover;
 mod host;
 mod lifecycle;
 mod record;
@@ -37,7 +39,8 @@ mod tests;
 use lathe_api::HostPciAddress;
 
 pub use lifecycle::{Gate, Gpus, Policy, View};
-pub use record::Owner;
+pub use record::{Owner, Record, Times};
+pub use report::Figures;
 pub use scrub::child as scrub_bar;
 
 use crate::files::FileError;

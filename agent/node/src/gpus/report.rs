@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use lathe_api::HostPciAddress;
 use lathe_api::gpu::{Gpu, GpuHealth, GpuProblem, GpuState, Severity};
 
-use super::{Gpus, Owner, Policy};
+use super::{Gpus, Owner, Policy, Times};
 
 /// What a driver said of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,7 +17,28 @@ pub struct Known {
     pub memory_bytes: Option<u64>,
 }
 
+/// A device for metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Figures {
+    /// Its function.
+    pub address: HostPciAddress,
+    /// Where it is in its life.
+    pub state: GpuState,
+    /// How long its last hand-over took.
+    pub times: Times,
+}
+
 impl Gpus {
+    /// Every device that may be lent or was.
+    pub fn figures(&self) -> Vec<Figures> {
+        let all = self.lent_or_on_record().unwrap_or_default().into_iter();
+        all.map(|address| {
+            let view = self.view(address);
+            Figures { address, state: view.state, times: view.times }
+        })
+        .collect()
+    }
+
     /// Takes note of what drivers say of their devices. What is not among `gpus` keeps what was said last.
     pub fn learn(&self, gpus: &[Gpu]) {
         let mut all = self.known.lock().unwrap_or_else(PoisonError::into_inner);

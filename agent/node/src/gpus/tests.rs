@@ -357,6 +357,22 @@ fn the_inventory_tells_who_has_a_device_and_what_is_not_lent() {
 }
 
 #[test]
+fn recovery_does_not_touch_what_was_taken_since_it_was_begun() {
+    let (bench, gpu, other) = Bench::with_gpus();
+    let gpus = bench.gpus();
+    take(&gpus, gpu, &sandbox("gone-0-1")).unwrap();
+    take(&gpus, other, &sandbox("old-0-1")).unwrap();
+    let stale = gpus.stale(|_| false).unwrap();
+    assert_eq!(stale.len(), 2);
+    gpus.release(other, &sandbox("old-0-1")).unwrap();
+    take(&gpus, other, &sandbox("new-0-1")).unwrap();
+    gpus.take_back_stale(stale).unwrap();
+    assert_eq!(gpus.view(gpu).state, GpuState::Free);
+    assert_eq!(gpus.view(other).owner, Some(sandbox("new-0-1")));
+    assert!(bench.is_lent(other));
+}
+
+#[test]
 fn a_restart_of_the_host_does_not_launder_a_device() {
     let (bench, gpu, _) = Bench::with_gpus();
     take(&bench.gpus(), gpu, &sandbox("a-0-1")).unwrap();

@@ -33,8 +33,11 @@ pub async fn take(
     let owner = Owner::Sandbox(spec.id.clone());
     let end = Instant::now() + SCRUB_PATIENCE;
     let addresses = loop {
-        let reserved = host.gpus.reserve(count, &owner, |addresses| {
-            journal.begin(Step::Gpus { addresses: addresses.to_vec() }).map_err(PrepareError::from)
+        // The preflight looks at all processes of the host.
+        let reserved = tokio::task::block_in_place(|| {
+            host.gpus.reserve(count, &owner, |addresses| {
+                journal.begin(Step::Gpus { addresses: addresses.to_vec() }).map_err(PrepareError::from)
+            })
         });
         match reserved {
             Err(PrepareError::Gpu(GpuError::TooFew { wanted, free, soon, .. }))
