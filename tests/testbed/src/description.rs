@@ -36,7 +36,10 @@ pub struct HostDescription {
     pub deterministic: bool,
     /// PCI devices beyond the host's own network card, disk and serial ports.
     pub devices: Vec<Device>,
-    /// A kernel other than Debian's: a bzImage with virtio, ext4 and KVM built in, or with `modules`.
+    /// The kernel.
+    pub kernel_flavour: KernelFlavour,
+    /// Another kernel than these: a bzImage or ELF image with virtio, ext4 and KVM built in, or with
+    /// `modules`.
     pub kernel: Option<PathBuf>,
     /// Modules of `kernel`: the directory that belongs at `/lib/modules/RELEASE`, named RELEASE.
     pub modules: Option<PathBuf>,
@@ -48,6 +51,18 @@ pub struct HostDescription {
     pub files: Vec<HostFile>,
     /// A directory of this machine that the host sees, read-only and live, at `/share`.
     pub share: Option<PathBuf>,
+}
+
+/// The kernels that images/ has for hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelFlavour {
+    /// Debian's 6.12, with modules. Its VFIO has groups and containers, and no iommufd.
+    #[default]
+    Debian,
+    /// 6.12 built by `images/kernel/build host`, all built in: VFIO with groups and containers, and with
+    /// device cdevs and iommufd.
+    Iommufd,
 }
 
 /// A file of this machine in the host.
@@ -96,6 +111,7 @@ impl Default for HostDescription {
             iommu: Iommu::default(),
             deterministic: false,
             devices: Vec::new(),
+            kernel_flavour: KernelFlavour::default(),
             kernel: None,
             modules: None,
             kernel_args: Vec::new(),
@@ -225,6 +241,13 @@ impl HostDescription {
     #[must_use]
     pub fn device(mut self, device: Device) -> Self {
         self.devices.push(device);
+        self
+    }
+
+    /// Chooses one of the kernels that images/ has.
+    #[must_use]
+    pub fn kernel_flavour(mut self, flavour: KernelFlavour) -> Self {
+        self.kernel_flavour = flavour;
         self
     }
 

@@ -44,7 +44,7 @@ impl Host {
         let base = image::base()?;
         let (number, directory, storage) = bed.admit(&description.name)?;
         let at = Places {
-            kernel: description.kernel.clone().unwrap_or_else(|| base.join("vmlinux")),
+            kernel: image::kernel(&base, &description)?,
             initramfs: storage.join("initramfs"),
             disk: storage.join("disk"),
             directory,

@@ -12,20 +12,26 @@ use crate::host::Host;
 /// until the device's users have let go.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
 
+/// Linux waits a second after it has cut a slot's power, and takes what changes meanwhile for a result of that.
+const SETTLING: Duration = Duration::from_secs(2);
+
 /// Where the PCI Express capability has its Slot Capabilities' flag, and its Slot Control register
 /// (PCIe 6.0 §7.5.3.2, §7.5.3.10).
 const SLOT_IMPLEMENTED: (usize, u8) = (3, 1);
 const SLOT_CONTROL: usize = 0x18;
-/// Power Indicator off, Power Controller off.
-const POWER_OFF: u16 = 0x0300 | 0x0400;
+/// Bits of Slot Control: Hot-Plug Interrupt Enable, Power Controller off, and that with the Power Indicator off.
+const INTERRUPT: u16 = 0x0020;
+const POWER_CUT: u16 = 0x0400;
+const POWER_OFF: u16 = POWER_CUT | 0x0300;
 
 impl Host {
     /// Plugs a device of QEMU's into a port, both by QEMU's names; `id` is the name of the new device.
-    /// It needs a kind without a disk or memory of this machine behind it.
+    /// It needs a kind without a disk or memory of this machine behind it. The host sees it seconds later.
     ///
     /// # Errors
     /// When the host is off, or QEMU refuses.
     pub fn plug(&self, device: &str, id: &str, port: &str, properties: &[(&str, &str)]) -> Result<(), Error> {
+        sleep(SETTLING);
         let mut arguments = json!({ "driver": device, "id": id, "bus": port });
         for (name, value) in properties {
             arguments[*name] = json!(value);
@@ -78,14 +84,21 @@ impl Host {
         let port = self.shell(&format!("dirname $(readlink -f {device})"))?;
         let config = format!("{}/config", port.trim());
         let no_slot = || Error::NoSlot { host: self.name().into(), device: address.into() };
-        let at = slot_control(&self.read_file(&config)?).ok_or_else(no_slot)?;
-        // QEMU takes a card away whose slot has no power; the host's kernel does not know that it cut it.
-        let [low, high] = POWER_OFF.to_le_bytes();
-        // Capabilities are at multiples of four.
-        let half = at / 2;
-        let write =
-            format!("printf '\\{low:03o}\\{high:03o}' | dd of={config} bs=2 seek={half} conv=notrunc");
-        self.shell(&write).map(drop)
+        let registers = self.read_file(&config)?;
+        let at = slot_control(&registers).ok_or_else(no_slot)?;
+        let control =
+            registers.get(at..at + 2).and_then(|bytes| bytes.try_into().ok()).map(u16::from_le_bytes);
+        let control = control.ok_or_else(no_slot)?;
+        // QEMU takes a card away whose slot has no power. The port's driver is to find power there and no card,
+        // as of a card torn out; it hears of that with the second write.
+        let writes = [(control | POWER_OFF) & !INTERRUPT, control & !POWER_CUT];
+        let write = |value: u16| {
+            let [low, high] = value.to_le_bytes();
+            // Capabilities are at multiples of four.
+            let half = at / 2;
+            format!("printf '\\{low:03o}\\{high:03o}' | dd of={config} bs=2 seek={half} conv=notrunc")
+        };
+        self.shell(&writes.map(write).join(" && ")).map(drop)
     }
 
     fn still_there(&self, device: &str) -> Error {

@@ -1,5 +1,5 @@
-//! What a host boots: Debian's kernel and the base archive, both from images/host/build's cache, and
-//! a second archive with PID 1 and the files of this host. The kernel unpacks one after the other.
+//! What a host boots: a kernel and the base archive, from the caches of images/, and a second archive with
+//! PID 1 and the files of this host. The kernel unpacks one after the other.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use crate::description::{HostDescription, HostFile};
+use crate::description::{HostDescription, HostFile, KernelFlavour};
 
 /// Why there is nothing to boot.
 #[derive(Debug, thiserror::Error)]
@@ -58,13 +58,17 @@ pub fn binary(name: &str) -> Option<PathBuf> {
     places.into_iter().map(|place| place.join(name)).find(|path| path.is_file())
 }
 
-/// Runs an image build script; the directory it prints.
+/// Runs an image build script with arguments; the directory it prints.
 ///
 /// # Errors
 /// [`ImageError::Build`] with the end of the script's messages.
-pub fn build(script: &Path) -> Result<PathBuf, ImageError> {
+pub fn build(script: &Path, arguments: &[&str]) -> Result<PathBuf, ImageError> {
     let failed = |message: String| ImageError::Build { script: script.to_owned(), message };
-    let output = Command::new(script).stdin(Stdio::null()).output().map_err(|e| failed(e.to_string()))?;
+    let output = Command::new(script)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| failed(e.to_string()))?;
     let last = |bytes: &[u8]| String::from_utf8_lossy(bytes).lines().last().unwrap_or_default().to_owned();
     if !output.status.success() {
         return Err(failed(last(&output.stderr)));
@@ -86,7 +90,7 @@ pub fn installed_files() -> Result<Vec<HostFile>, ImageError> {
     }
     let script = repository().join("images/guest/build");
     if script.exists() {
-        let bundle = build(&script)?;
+        let bundle = build(&script, &[])?;
         for name in ["vmlinuz", "initramfs"] {
             files.push(HostFile { local: bundle.join(name), remote: format!("/usr/lib/lathe/guest/{name}") });
         }
@@ -100,8 +104,24 @@ pub(crate) fn base() -> Result<PathBuf, ImageError> {
     if let Some(base) = BASE.get() {
         return Ok(base.clone());
     }
-    let base = build(&repository().join("images/host/build"))?;
+    let base = build(&repository().join("images/host/build"), &[])?;
     Ok(BASE.get_or_init(|| base).clone())
+}
+
+/// The image that a host boots.
+pub(crate) fn kernel(base: &Path, host: &HostDescription) -> Result<PathBuf, ImageError> {
+    if let Some(kernel) = &host.kernel {
+        return Ok(kernel.clone());
+    }
+    Ok(match host.kernel_flavour {
+        KernelFlavour::Debian => base.join("vmlinux"),
+        KernelFlavour::Iommufd => built_kernel()?.join("vmlinux"),
+    })
+}
+
+/// The directory that images/kernel/build prints for hosts.
+fn built_kernel() -> Result<PathBuf, ImageError> {
+    build(&repository().join("images/kernel/build"), &["host"])
 }
 
 /// Writes the whole initramfs of a host to `to`.
@@ -110,7 +130,14 @@ pub(crate) fn write_initramfs(base: &Path, host: &HostDescription, to: &Path) ->
     let mut files = host.files.clone();
     files.push(HostFile { local: init, remote: "/init".into() });
     if let Some(modules) = &host.modules {
-        list_modules(modules, modules, &mut files)?;
+        let release = modules.file_name().unwrap_or_default().to_string_lossy();
+        list_modules(&release, modules, modules, &mut files)?;
+    } else if host.kernel.is_none() && host.kernel_flavour == KernelFlavour::Iommufd {
+        let built = built_kernel()?;
+        let release = built.join("release");
+        let release = fs::read_to_string(&release).map_err(|e| file_error(&release, e))?;
+        let modules = built.join("modules");
+        list_modules(release.trim(), &modules, &modules, &mut files)?;
     }
     fs::copy(base.join("base.cpio"), to).map_err(|source| file_error(to, source))?;
     append_archive(&files, to)
@@ -121,12 +148,16 @@ fn file_error(path: &Path, source: io::Error) -> ImageError {
 }
 
 /// Every file below a module directory, with its place in the host.
-fn list_modules(top: &Path, directory: &Path, files: &mut Vec<HostFile>) -> Result<(), ImageError> {
-    let release = top.file_name().unwrap_or_default().to_string_lossy();
+fn list_modules(
+    release: &str,
+    top: &Path,
+    directory: &Path,
+    files: &mut Vec<HostFile>,
+) -> Result<(), ImageError> {
     for entry in fs::read_dir(directory).map_err(|e| file_error(directory, e))? {
         let path = entry.map_err(|e| file_error(directory, e))?.path();
         if path.is_dir() {
-            list_modules(top, &path, files)?;
+            list_modules(release, top, &path, files)?;
         } else if let Ok(inside) = path.strip_prefix(top) {
             let remote = format!("/lib/modules/{release}/{}", inside.display());
             files.push(HostFile { local: path, remote });

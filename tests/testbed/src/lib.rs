@@ -14,7 +14,8 @@
 //! - [`description`] and [`pci`]: what a host is made of; [`qemu`] turns that into a command line.
 //! - [`bed`]: the hosts of one test, their network (a private module, `netns`) and what is removed
 //!   afterwards.
-//! - [`host`]: power, network cuts, consoles; [`remote`]: commands and files in a host. Its exec channel
+//! - [`host`]: power, network cuts, consoles, and devices that come and go (`hotplug`); [`Wire`]: the far end
+//!   of a card's cable; [`remote`]: commands and files in a host. Its exec channel
 //!   is [`frame`] on the wire, `channel` at this end, and the binary `testbed-init` at the host's.
 //! - [`supervisor`]: a bed that outlives the command that made it, for `scripts/testbed`.
 //! - [`image`]: the archives a host boots.
@@ -40,7 +41,7 @@ mod wire;
 
 pub use bed::{Bed, HARNESS_ADDRESS};
 pub use channel::ChannelError;
-pub use description::{HostDescription, HostFile, Iommu, NumaNode};
+pub use description::{HostDescription, HostFile, Iommu, KernelFlavour, NumaNode};
 pub use error::Error;
 pub use frame::{Status, Stream};
 pub use host::Host;
