@@ -2,6 +2,7 @@
 //!
 //! - [`job`]: what users submit and see: jobs, tasks, their states and reasons.
 //! - [`node`]: what agents report: inventory, observed sandboxes.
+//! - [`gpu`]: the GPUs among it, their states and problems.
 //! - [`sandbox`]: what the coordinator wants of a node: desired sandboxes and its network.
 //! - [`artefact`]: images and datasets, by digest.
 //! - [`token`]: what people and joining nodes show the coordinator.
@@ -14,10 +15,11 @@
 
 pub mod artefact;
 pub mod client;
+pub mod gpu;
 pub mod job;
 pub mod node;
 pub mod problem;
 pub mod sandbox;
 pub mod token;
 
-pub use lathe_vmm::config::MemorySize;
+pub use lathe_vmm::config::{HostPciAddress, MemorySize};

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::MemorySize;
+use crate::gpu::Gpu;
 use crate::job::{IsolationClass, Stages, TaskExit, TaskState, Usage};
 
 /// What a host has. Read from the kernel at registration and again when it may have changed.
@@ -32,6 +33,8 @@ pub struct Inventory {
     pub nics: Vec<Nic>,
     /// PCI devices.
     pub pci: Vec<PciDevice>,
+    /// GPUs, those among them that cannot be given to sandboxes included.
+    pub gpus: Vec<Gpu>,
     /// Classes that can run here, and for those that cannot: why, in `class_problems`.
     pub classes: Vec<IsolationClass>,
     /// One line for each class that cannot run here.

@@ -4,21 +4,25 @@
 //! | --- | --- | --- |
 //! | [`watch_desired`] | the coordinator's stream | the latest [`NodeDesired`] |
 //! | [`reconcile`] | that, and what is on the host | sandboxes as observed |
-//! | [`report`] | sandboxes as observed | reports, which are the heartbeat too |
+//! | [`read_inventories`] | the host's files and drivers | the inventory |
+//! | [`report`] | sandboxes as observed, the inventory | reports, which are the heartbeat too |
 //! | [`ship`] | spools | output |
 //!
 //! Each goes on by itself when the coordinator is away, and retries with a capped delay.
 //! Sandboxes do not notice, nor do they when the agent ends.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use futures_util::StreamExt;
+use lathe_api::HostPciAddress;
 use lathe_api::client::{Client, ClientOptions};
+use lathe_api::gpu::{DeviceCheck, Gpu};
 use lathe_api::node::{Inventory, NodeReport, REPORT_INTERVAL_MS, SandboxStatus};
 use lathe_api::sandbox::NodeDesired;
 use nix::fcntl::Flock;
@@ -28,15 +32,17 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::CgroupTree;
 use crate::files;
+use crate::gpus::{Gpus, Policy};
 use crate::identity;
 use crate::images::ImageStore;
 use crate::images::blobs::BlobSource;
 use crate::inventory::{self, ClassInputs};
+use crate::journal::Step;
 use crate::metrics::{self, Snapshot};
 use crate::network::Network;
 use crate::paths::{Paths, SandboxKey};
 use crate::reconcile::{Pass, Reconciler};
-use crate::sandbox::observe::observe;
+use crate::sandbox::observe::{Observed, observe};
 use crate::sandbox::prepare::Host;
 use crate::shipping::{Shipped, Shipper};
 
@@ -73,6 +79,8 @@ pub struct Settings {
     pub paths: Paths,
     /// Where to serve metrics, if anywhere.
     pub metrics: Option<SocketAddr>,
+    /// Which devices may be lent.
+    pub gpus: Policy,
 }
 
 /// Runs the agent until SIGTERM or SIGINT; sandboxes go on.
@@ -92,7 +100,7 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
-    let host = Arc::new(open_host(paths, BlobSource::Coordinator(client.clone()))?);
+    let host = Arc::new(open_host(paths, BlobSource::Coordinator(client.clone()), settings.gpus.clone())?);
     adopt(&host).await?;
 
     let changed = Arc::new(Notify::new());
@@ -102,16 +110,19 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let ended = Arc::new(Notify::new());
     let (connected_sender, connected) = watch::channel(false);
     if let Some(address) = settings.metrics {
-        let snapshot = snapshot.clone();
+        let (snapshot, gpus) = (snapshot.clone(), host.gpus.clone());
         tokio::spawn(async move {
-            if let Err(error) = metrics::serve(address, snapshot).await {
+            if let Err(error) = metrics::serve(address, snapshot, gpus).await {
                 tracing::error!(%address, %error, "cannot serve metrics");
             }
         });
     }
     tokio::spawn(watch_desired(client.clone(), host.clone(), desired_sender, changed.clone()));
     tokio::spawn(ship(client.clone(), host.clone(), shipped.0, ended.clone(), changed.clone()));
-    tokio::spawn(report(client, settings.address.clone(), host.paths.clone(), snapshot, connected_sender));
+    let inventory = watch::channel(first_inventory(&host.paths, &host.gpus));
+    tokio::spawn(read_inventories(host.paths.clone(), host.gpus.clone(), inventory.0));
+    let reporter = Reporter { client, address: settings.address.clone(), gpus: host.gpus.clone() };
+    tokio::spawn(report(reporter, inventory.1, snapshot, connected_sender));
     let reconciler = Reconciler::new(host.clone(), changed.clone());
     let stop = Arc::new(Notify::new());
     let state = ReconcileState { desired, shipped: shipped.1, ended, connected, snapshot: snapshot_sender };
@@ -173,7 +184,20 @@ pub fn lock_host() -> anyhow::Result<Flock<File>> {
 /// Loads the kernel modules that sandboxes need, where they are modules: what is asked for in
 /// `/proc/filesystems` and `/dev` shows only what is loaded. Without modprobe nothing is lost but that.
 pub fn load_modules() {
-    let modules = ["tun", "bridge", "veth", "loop", "overlay", "erofs", "nf_tables", "kvm_intel", "kvm_amd"];
+    let modules = [
+        "tun",
+        "bridge",
+        "veth",
+        "loop",
+        "overlay",
+        "erofs",
+        "nf_tables",
+        "kvm_intel",
+        "kvm_amd",
+        "vfio-pci",
+        "vfio_iommu_type1",
+        "iommufd",
+    ];
     for module in modules {
         let command = std::process::Command::new("modprobe")
             .args(["-q", module])
@@ -191,7 +215,7 @@ pub fn load_modules() {
 ///
 /// # Errors
 /// When there is no cgroup v2 tree, or directories cannot be made.
-pub fn open_host(paths: Paths, source: BlobSource) -> anyhow::Result<Host> {
+pub fn open_host(paths: Paths, source: BlobSource, gpus: Policy) -> anyhow::Result<Host> {
     load_modules();
     for dir in [&paths.state, &paths.run, &paths.sandboxes(), &paths.runs()] {
         files::make_private_dir(dir)?;
@@ -212,7 +236,8 @@ pub fn open_host(paths: Paths, source: BlobSource) -> anyhow::Result<Host> {
     std::fs::create_dir_all(&base).with_context(|| format!("cannot make the cgroup {}", base.display()))?;
     let images = ImageStore::open(paths.images(), paths.datasets(), paths.staging(), source)?;
     let boot_id = inventory::boot_id(Path::new("/"));
-    Ok(Host { images, network: Network::new()?, cgroups, boot_id, paths })
+    let gpus = Arc::new(gpus_of(&paths, gpus));
+    Ok(Host { images, network: Network::new()?, cgroups, gpus, boot_id, paths })
 }
 
 /// Takes up what an earlier agent left: the network as it was, ports of sandboxes that run, and
@@ -231,6 +256,7 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
         tracing::info!(id = observed.id(), running = observed.supervised, "found a sandbox");
     }
     host.network.sweep(&known).await?;
+    recover_gpus(host, &found)?;
     if let Ok(desired) = files::read_json::<NodeDesired>(&last_desired(&host.paths))
         && let Err(error) = host.network.configure(&desired.network).await
     {
@@ -239,7 +265,23 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn last_desired(paths: &Paths) -> std::path::PathBuf {
+/// Takes back devices that no sandbox has. Which those are is seen now, before any is started; the work is
+/// done beside everything else, because proving a large memory clean takes minutes. Until then they are
+/// not free.
+fn recover_gpus(host: &Host, found: &[Observed]) -> Result<(), files::FileError> {
+    let has = |o: &Observed| o.record.steps.iter().any(|step| matches!(step, Step::Gpus { .. }));
+    let owners: HashSet<&str> = found.iter().filter(|o| has(o)).map(Observed::id).collect();
+    let stale = host.gpus.stale(|id| owners.contains(id))?;
+    let gpus = host.gpus.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = gpus.take_back_stale(stale) {
+            tracing::error!(%error, "devices that an earlier agent had are not all back");
+        }
+    });
+    Ok(())
+}
+
+fn last_desired(paths: &Paths) -> PathBuf {
     paths.state.join("desired.json")
 }
 
@@ -338,23 +380,24 @@ async fn reconcile(
     reconciler.finish().await;
 }
 
-/// Reports on every change, and often enough to count as alive.
-async fn report(
+/// Who reports, and where.
+struct Reporter {
     client: Client,
     address: String,
-    paths: Paths,
+    gpus: Arc<Gpus>,
+}
+
+/// Reports on every change, and often enough to count as alive.
+async fn report(
+    reporter: Reporter,
+    inventory: watch::Receiver<Inventory>,
     mut snapshot: watch::Receiver<Snapshot>,
     connected: watch::Sender<bool>,
 ) {
-    let mut inventory = read_inventory(&paths);
-    let mut read = Instant::now();
+    let Reporter { client, address, gpus } = reporter;
     let mut last: Option<(Vec<SandboxStatus>, Instant)> = None;
     let interval = Duration::from_millis(REPORT_INTERVAL_MS);
     loop {
-        if read.elapsed() > INVENTORY_INTERVAL {
-            inventory = read_inventory(&paths);
-            read = Instant::now();
-        }
         let Snapshot { sandboxes, passes, .. } = snapshot.borrow_and_update().clone();
         // Before the first pass nothing was observed: an empty report would be a lie.
         let due = passes > 0
@@ -362,11 +405,10 @@ async fn report(
                 .as_ref()
                 .is_none_or(|(sent, when)| when.elapsed() >= interval || !same_states(sent, &sandboxes));
         if due {
-            let report = NodeReport {
-                address: address.clone(),
-                inventory: inventory.clone(),
-                sandboxes: sandboxes.clone(),
-            };
+            let mut inventory = inventory.borrow().clone();
+            // Who has a device changes more often than the device.
+            gpus.describe(&mut inventory.gpus);
+            let report = NodeReport { address: address.clone(), inventory, sandboxes: sandboxes.clone() };
             let sent = client.report(&report).await;
             let was_connected = connected.send_replace(sent.is_ok());
             match sent {
@@ -391,12 +433,68 @@ fn same_states(a: &[SandboxStatus], b: &[SandboxStatus]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| key(a) == key(b))
 }
 
-/// The inventory with what can run here.
-pub fn read_inventory(paths: &Paths) -> Inventory {
+/// The inventory with what can run here, and what drivers say of their GPUs: may take a minute.
+pub fn read_inventory(paths: &Paths, gpus: &Gpus) -> Inventory {
+    let mut inventory = read_files(paths, gpus);
+    inventory::ask_nvml(Path::new("/"), &mut inventory.gpus, &nvml_program());
+    inventory
+}
+
+/// The GPUs of the inventory, with who has them.
+pub fn read_gpus(paths: &Paths, policy: Policy) -> Vec<Gpu> {
+    let gpus = gpus_of(paths, policy);
+    let mut all = read_inventory(paths, &gpus).gpus;
+    gpus.describe(&mut all);
+    all
+}
+
+/// The devices that this host lends.
+pub fn gpus_of(paths: &Paths, policy: Policy) -> Gpus {
+    Gpus::new(paths.gpus(), inventory::boot_id(Path::new("/")), policy)
+}
+
+/// What files tell of it.
+fn read_files(paths: &Paths, gpus: &Gpus) -> Inventory {
     let root = Path::new("/");
     let search = std::env::var("PATH").unwrap_or_default();
     let (classes, class_problems) = inventory::classes(ClassInputs { root, paths, search: &search });
-    Inventory { classes, class_problems, ..inventory::read(root) }
+    Inventory { classes, class_problems, ..inventory::read(root, &gpus.devices()) }
+}
+
+/// What can be reported at once: GPUs whose driver was not asked yet are not offered.
+fn first_inventory(paths: &Paths, gpus: &Gpus) -> Inventory {
+    let mut inventory = read_files(paths, gpus);
+    inventory::hold_back_unasked(&mut inventory.gpus);
+    inventory.gpus.iter_mut().for_each(Gpu::clear_readings);
+    inventory
+}
+
+/// Reads the inventory again and again, away from the reports: a driver with a sick GPU must not make
+/// the node look dead.
+async fn read_inventories(paths: Paths, gpus: Arc<Gpus>, inventory: watch::Sender<Inventory>) {
+    loop {
+        let (paths, devices) = (paths.clone(), gpus.clone());
+        match tokio::task::spawn_blocking(move || read_inventory(&paths, &devices)).await {
+            Ok(mut read) => {
+                gpus.learn(&read.gpus);
+                read.gpus.iter_mut().for_each(Gpu::clear_readings);
+                inventory.send_replace(read);
+            }
+            Err(error) => tracing::error!(%error, "the inventory was not read"),
+        }
+        sleep(INVENTORY_INTERVAL).await;
+    }
+}
+
+/// `lathe-nvml` beside this program, unless `LATHE_NVML` says otherwise.
+fn nvml_program() -> PathBuf {
+    let beside = || std::env::current_exe().unwrap_or_default().with_file_name("lathe-nvml");
+    std::env::var_os("LATHE_NVML").map_or_else(beside, PathBuf::from)
+}
+
+/// Whether functions can be given to sandboxes; all GPUs of this host where none is named.
+pub fn check_devices(addresses: &[HostPciAddress]) -> Vec<DeviceCheck> {
+    inventory::check(Path::new("/"), addresses)
 }
 
 /// Ships output, for ever; at once when the end of a sandbox waits for it.

@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lathe_api::HostPciAddress;
 use lathe_api::job::{Stages, TaskExit, TaskState, Usage};
 use lathe_api::sandbox::SandboxSpec;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,11 @@ pub enum Step {
     Cgroup {
         /// Absolute path in the cgroup filesystem.
         path: PathBuf,
+    },
+    /// Devices of the host that the sandbox gets for itself. Undone by giving them back, clean.
+    Gpus {
+        /// As they are known; functions that go along are in the device's own record.
+        addresses: Vec<HostPciAddress>,
     },
     /// The supervisor process. Its life is known by the lock it holds; its end by its cgroup.
     Supervisor,
@@ -211,6 +217,7 @@ pub(crate) mod tests {
         let steps = [
             Step::RunDir { path: "/run/x".into() },
             Step::OverlayDisk { path: "/d".into() },
+            Step::Gpus { addresses: vec!["0000:65:00.0".parse().unwrap()] },
             Step::Cgroup { path: "/c".into() },
             Step::Supervisor,
         ];

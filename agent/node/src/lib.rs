@@ -10,6 +10,7 @@
 //! | `journal` | what was begun on the host, written before it is |
 //! | [`images`] | OCI images and datasets as EROFS files |
 //! | `network` | bridge, interfaces, routes, filter |
+//! | [`gpus`] | takes GPUs from the host's drivers for sandboxes, and gives them back clean |
 //! | `cgroup` | limits, and the end of everything in a sandbox |
 //! | `inventory` | what the host has, and what it can run |
 //! | [`identity`] | the node's key and certificate |
@@ -21,6 +22,7 @@ pub mod agent;
 mod beneath;
 mod cgroup;
 mod files;
+pub mod gpus;
 pub mod identity;
 pub mod images;
 mod inventory;

@@ -8,8 +8,11 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use lathe_agent::gpus::Policy;
+use lathe_agent::gpus::commands::{self as gpu_commands, GpuArguments, GpusCommand};
 use lathe_agent::paths::Paths;
 use lathe_agent::{agent, identity, manual, reset, supervisor};
+use lathe_api::HostPciAddress;
 
 /// The host agent of Lathe.
 #[derive(Debug, Parser)]
@@ -28,6 +31,21 @@ enum Command {
         /// As JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        directories: Directories,
+    },
+    /// Print the GPUs of this host as JSON, which `lathe gpu` shows to people; or take, release and repair
+    /// them by hand.
+    #[command(args_conflicts_with_subcommands = true)]
+    Gpus {
+        #[command(subcommand)]
+        command: Option<GpusCommand>,
+        /// What is in the way of giving PCI functions to sandboxes instead; of all GPUs if none is named.
+        #[arg(long)]
+        check: bool,
+        /// PCI addresses, as 0000:65:00.0.
+        #[arg(requires = "check")]
+        addresses: Vec<HostPciAddress>,
         #[command(flatten)]
         directories: Directories,
     },
@@ -60,6 +78,9 @@ enum Command {
         /// The cgroup to enter.
         #[arg(long)]
         cgroup: PathBuf,
+        /// Let it lock as much memory as the cgroup gives it.
+        #[arg(long)]
+        lock_memory: bool,
         /// The program and its arguments.
         #[arg(last = true, required = true)]
         argv: Vec<String>,
@@ -116,6 +137,8 @@ struct RunArguments {
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics_listen: Option<SocketAddr>,
     #[command(flatten)]
+    gpus: GpuArguments,
+    #[command(flatten)]
     directories: Directories,
 }
 
@@ -132,6 +155,8 @@ enum SandboxCommand {
         #[arg(long, default_value = "10.42.0.0/24")]
         subnet: String,
         #[command(flatten)]
+        gpus: GpuArguments,
+        #[command(flatten)]
         directories: Directories,
     },
 }
@@ -141,6 +166,8 @@ fn main() -> ExitCode {
     let default = match &arguments.command {
         // Its words would come out of the container's own stderr; what matters of them it returns.
         Command::Supervise { .. } => "info,libcontainer=off,libcgroups=off",
+        // What it does it prints.
+        Command::Gpus { .. } => "warn",
         _ => "info",
     };
     let filter = EnvFilter::try_from_env("LATHE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
@@ -157,14 +184,27 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Supervise { dir } => supervisor::main(&dir)?,
-        Command::Exec { parent, cgroup, argv } => match supervisor::exec::main(parent, &cgroup, &argv)? {},
+        Command::Exec { parent, cgroup, lock_memory, argv } => {
+            match supervisor::exec::main(parent, &cgroup, lock_memory, &argv)? {}
+        }
         Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
+        Command::Gpus { command: Some(command), .. } => gpu_commands::run(command)?,
+        Command::Gpus { command: None, check, addresses, directories } => {
+            agent::load_modules();
+            let json = if check {
+                serde_json::to_string_pretty(&agent::check_devices(&addresses))?
+            } else {
+                serde_json::to_string_pretty(&agent::read_gpus(&directories.paths()?, Policy::All))?
+            };
+            println!("{json}");
+        }
         Command::Reset { state, force, directories } => {
             runtime()?.block_on(reset::run(directories.paths()?, state, force))?;
         }
         Command::Run(arguments) => runtime()?.block_on(agent::run(settings(arguments)?))?,
-        Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, directories }) => {
-            let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, directories.paths()?))?;
+        Command::Sandbox(SandboxCommand::Run { spec, blobs, subnet, gpus, directories }) => {
+            let paths = directories.paths()?;
+            let code = runtime()?.block_on(manual::run(&spec, blobs, &subnet, gpus.policy(), paths))?;
             return Ok(code);
         }
     }
@@ -191,12 +231,13 @@ fn settings(arguments: RunArguments) -> anyhow::Result<agent::Settings> {
         address: arguments.address.to_string(),
         paths,
         metrics: arguments.metrics_listen,
+        gpus: arguments.gpus.policy(),
     })
 }
 
 fn print_inventory(paths: &Paths, json: bool) -> anyhow::Result<()> {
     agent::load_modules();
-    let inventory = agent::read_inventory(paths);
+    let inventory = agent::read_inventory(paths, &agent::gpus_of(paths, Policy::All));
     if json {
         println!("{}", serde_json::to_string_pretty(&inventory)?);
         return Ok(());

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use crate::agent::{lock_host, open_host};
 use crate::files;
+use crate::gpus::Policy;
 use crate::images::blobs::BlobSource;
 use crate::paths::{Paths, is_valid_id};
 use crate::reconcile::Reconciler;
@@ -31,11 +32,17 @@ const INTERVAL: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// When the specification cannot be read, an agent runs here, or the host does not allow it.
-pub async fn run(spec: &Path, blobs: PathBuf, subnet: &str, paths: Paths) -> anyhow::Result<ExitCode> {
+pub async fn run(
+    spec: &Path,
+    blobs: PathBuf,
+    subnet: &str,
+    gpus: Policy,
+    paths: Paths,
+) -> anyhow::Result<ExitCode> {
     let spec: SandboxSpec = files::read_json(spec)?;
     anyhow::ensure!(is_valid_id(&spec.id), "id: {:?} is not of [a-z0-9-], 1 to 96 characters", spec.id);
     let _lock = lock_host()?;
-    let host = Arc::new(open_host(paths, BlobSource::Folder(blobs))?);
+    let host = Arc::new(open_host(paths, BlobSource::Folder(blobs), gpus)?);
     let tenant = TenantAddresses { tenant: spec.tenant.clone(), addresses: vec![spec.address.clone()] };
     let network = NodeNetwork { subnet: subnet.to_owned(), routes: Vec::new(), tenants: vec![tenant] };
     host.network.configure(&network).await?;

@@ -9,9 +9,12 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::header;
 use axum::routing::get;
+use lathe_api::gpu::GpuState;
 use lathe_api::job::TaskState;
 use lathe_api::node::SandboxStatus;
 use tokio::sync::watch;
+
+use crate::gpus::{Figures, Gpus, Times};
 
 /// What is counted.
 #[derive(Clone, Debug, Default)]
@@ -28,12 +31,17 @@ pub struct Snapshot {
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn serve(address: SocketAddr, snapshot: watch::Receiver<Snapshot>) -> std::io::Result<()> {
+pub async fn serve(
+    address: SocketAddr,
+    snapshot: watch::Receiver<Snapshot>,
+    gpus: Arc<Gpus>,
+) -> std::io::Result<()> {
     let listener = tokio::net::TcpListener::bind(address).await?;
-    let handler = async |State(snapshot): State<Arc<watch::Receiver<Snapshot>>>| {
-        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text(&snapshot.borrow()))
+    let handler = async |State((snapshot, gpus)): State<(watch::Receiver<Snapshot>, Arc<Gpus>)>| {
+        let text = text(&snapshot.borrow()) + &gpu_text(&gpus.figures());
+        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text)
     };
-    let router = Router::new().route("/metrics", get(handler)).with_state(Arc::new(snapshot));
+    let router = Router::new().route("/metrics", get(handler)).with_state((snapshot, gpus));
     axum::serve(listener, router).await
 }
 
@@ -47,10 +55,7 @@ fn text(snapshot: &Snapshot) -> String {
     }
     let mut text = String::new();
     let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, String)]| {
-        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-        for (labels, value) in samples {
-            let _ = writeln!(text, "{name}{labels} {value}");
-        }
+        write_family(&mut text, name, kind, help, samples);
     };
     let one = |value: String| vec![(String::new(), value)];
     let states: Vec<_> =
@@ -81,6 +86,38 @@ fn text(snapshot: &Snapshot) -> String {
     text
 }
 
+fn write_family(text: &mut String, name: &str, kind: &str, help: &str, samples: &[(String, String)]) {
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    for (labels, value) in samples {
+        let _ = writeln!(text, "{name}{labels} {value}");
+    }
+}
+
+fn gpu_text(gpus: &[Figures]) -> String {
+    let states = [
+        (GpuState::Free, "free"),
+        (GpuState::InUse, "in_use"),
+        (GpuState::Scrubbing, "scrubbing"),
+        (GpuState::Quarantined, "quarantined"),
+    ];
+    let count = |state: GpuState| gpus.iter().filter(|gpu| gpu.state == state).count().to_string();
+    let states = states.map(|(state, name)| (format!("{{state=\"{name}\"}}"), count(state)));
+    let stages = gpus.iter().flat_map(|Figures { address, times, .. }| {
+        let Times { unbind_ms, reset_ms, scrub_ms, bind_ms } = *times;
+        [("unbind", unbind_ms), ("reset", reset_ms), ("scrub", scrub_ms), ("bind", bind_ms)].map(
+            |(stage, ms)| {
+                let labels = format!("{{address=\"{address}\",stage=\"{stage}\"}}");
+                (labels, format!("{}.{:03}", ms / 1000, ms % 1000))
+            },
+        )
+    });
+    let mut text = String::new();
+    write_family(&mut text, "lathe_agent_gpus", "gauge", "GPUs of this node by state.", &states);
+    let (name, help) = ("lathe_agent_gpu_handover_seconds", "How long the parts of its last hand-over took.");
+    write_family(&mut text, name, "gauge", help, &stages.collect::<Vec<_>>());
+    text
+}
+
 fn name(state: TaskState) -> &'static str {
     match state {
         TaskState::Pending => "pending",
@@ -97,6 +134,17 @@ fn name(state: TaskState) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gpus_are_counted_by_state_and_their_hand_overs_timed() {
+        let times = Times { reset_ms: 36, scrub_ms: 1331, ..Times::default() };
+        let gpu = Figures { address: "0000:01:00.0".parse().unwrap(), state: GpuState::InUse, times };
+        let text = gpu_text(&[gpu]);
+        assert!(text.contains("lathe_agent_gpus{state=\"in_use\"} 1\n"));
+        assert!(text.contains("lathe_agent_gpus{state=\"quarantined\"} 0\n"));
+        let scrub = "lathe_agent_gpu_handover_seconds{address=\"0000:01:00.0\",stage=\"scrub\"} 1.331\n";
+        assert!(text.contains(scrub), "{text}");
+    }
 
     #[test]
     fn the_text_is_what_prometheus_reads() {

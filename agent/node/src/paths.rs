@@ -54,6 +54,11 @@ impl Paths {
         self.state.join("staging")
     }
 
+    /// Records of devices that are or were lent, one file each.
+    pub fn gpus(&self) -> PathBuf {
+        self.state.join(GPUS)
+    }
+
     /// The node's key and certificate.
     pub fn identity(&self) -> PathBuf {
         self.state.join("identity")
@@ -88,6 +93,9 @@ impl AsRef<Path> for SandboxKey {
         Path::new(&self.0)
     }
 }
+
+/// The name of [`Paths::gpus`] in the state directory.
+pub const GPUS: &str = "gpus";
 
 /// How the names of all sandboxes' interfaces begin: filters and clean-up find them by it.
 pub const INTERFACE_PREFIX: &str = "lsb";

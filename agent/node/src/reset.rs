@@ -1,6 +1,6 @@
 //! `lathe-agent reset`: a host as it was before its first agent.
 //!
-//! Sandboxes, the bridge, the filter, cgroups and runtime files go. The state directory stays unless asked
+//! Sandboxes, devices lent to them, the bridge, the filter, cgroups and runtime files go. The state directory stays unless asked
 //! for: it has the node's identity and the caches, which an agent that comes back wants.
 
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use anyhow::ensure;
 use crate::agent::{lock_host, open_host};
 use crate::cgroup;
 use crate::files;
+use crate::gpus::Policy;
 use crate::images::blobs::BlobSource;
 use crate::journal::Journal;
 use crate::paths::Paths;
@@ -23,7 +24,7 @@ use crate::sandbox::observe::observe;
 pub async fn run(paths: Paths, state: bool, force: bool) -> anyhow::Result<()> {
     let _lock = lock_host()?;
     // Nothing is fetched.
-    let host = open_host(paths, BlobSource::Folder(PathBuf::new()))?;
+    let host = open_host(paths, BlobSource::Folder(PathBuf::new()), Policy::Off)?;
     let (found, _) = observe(&host.paths)?;
     let running: Vec<&str> = found.iter().filter(|o| o.supervised).map(|o| o.id()).collect();
     ensure!(
@@ -42,6 +43,8 @@ pub async fn run(paths: Paths, state: bool, force: bool) -> anyhow::Result<()> {
         }
         files::remove(&dir)?;
     }
+    let gpus = host.gpus.clone();
+    tokio::task::spawn_blocking(move || gpus.give_all_back()).await??;
     host.network.sweep(&[]).await?;
     host.network.remove_all().await?;
     cgroup::remove(&host.cgroups.sandboxes()).await?;

@@ -1,18 +1,31 @@
 //! What a host has, read from the kernel's files below a root (`/` but in tests).
 
 mod classes;
+mod config_space;
 mod devices;
+#[cfg(test)]
+pub(crate) mod fake;
+mod gpus;
+mod health;
+mod nvml;
+mod preflight;
+mod room;
+mod users;
+mod xid;
 
 pub use classes::{ClassInputs, classes};
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lathe_api::MemorySize;
+use lathe_api::gpu::{DeviceCheck, Gpu};
 use lathe_api::node::{Cpus, HugepagePool, Inventory, NumaNode};
+use lathe_api::{HostPciAddress, MemorySize};
+use preflight::Preflight;
 
-/// Everything a host has but what can run on it.
-pub fn read(root: &Path) -> Inventory {
+/// Everything a host has but what can run on it. `devices` count as GPUs even if they are none: an operator
+/// named them.
+pub fn read(root: &Path, devices: &[HostPciAddress]) -> Inventory {
     let host = HostFiles(root);
     Inventory {
         hostname: host.text("proc/sys/kernel/hostname"),
@@ -26,9 +39,48 @@ pub fn read(root: &Path) -> Inventory {
         disks: devices::disks(&host),
         nics: devices::nics(&host),
         pci: devices::pci(&host),
+        gpus: gpus(&host, devices),
         classes: Vec::new(),
         class_problems: Vec::new(),
     }
+}
+
+/// The GPUs with what stands in the way of each, as far as files tell.
+fn gpus(host: &HostFiles<'_>, devices: &[HostPciAddress]) -> Vec<Gpu> {
+    let mut gpus = gpus::read(host, devices);
+    if !gpus.is_empty() {
+        let preflight = Preflight::new(host);
+        for gpu in &mut gpus {
+            gpu.problems = preflight.check(gpu.address);
+        }
+    }
+    gpus
+}
+
+/// Asks NVIDIA's driver about the GPUs that it runs, through the program `nvml`, and judges their
+/// health. Where it runs none this does nothing. May take a minute.
+pub fn ask_nvml(root: &Path, gpus: &mut [Gpu], nvml: &Path) {
+    nvml::enrich(gpus, nvml, nvml::LIMIT, || xid::last_xids(root));
+}
+
+/// Until NVIDIA's driver was asked about a GPU, nobody knows whether it works.
+pub fn hold_back_unasked(gpus: &mut [Gpu]) {
+    for gpu in gpus.iter_mut().filter(|gpu| nvml::driven(gpu)) {
+        gpu.problems.push(preflight::blocks(
+            "its driver has not yet answered whether it works",
+            "wait; a driver that is asked for the first time takes some seconds",
+        ));
+    }
+}
+
+/// Whether functions can be given to sandboxes, in the order asked; all GPUs where none is named.
+pub fn check(root: &Path, addresses: &[HostPciAddress]) -> Vec<DeviceCheck> {
+    let host = HostFiles(root);
+    let preflight = Preflight::new(&host);
+    if addresses.is_empty() {
+        return preflight::gpu_addresses(&host).into_iter().map(|it| preflight.report(it)).collect();
+    }
+    addresses.iter().map(|it| preflight.report(*it)).collect()
 }
 
 /// This boot's ID: processes, interfaces and cgroups of another one do not exist any more.
@@ -45,8 +97,13 @@ impl HostFiles<'_> {
     }
 
     fn text(&self, path: impl AsRef<Path>) -> String {
-        let bytes = crate::files::read_bounded(&self.path(path), 4 << 20).unwrap_or_default();
+        let bytes = self.bytes(path);
         String::from_utf8_lossy(&bytes).trim().to_owned()
+    }
+
+    /// A file's bytes, as far as they can be read.
+    fn bytes(&self, path: impl AsRef<Path>) -> Vec<u8> {
+        crate::files::read_bounded(&self.path(path), 4 << 20).unwrap_or_default()
     }
 
     fn number<T: std::str::FromStr>(&self, path: impl AsRef<Path>) -> Option<T> {
@@ -143,6 +200,13 @@ fn hugepages(host: &HostFiles<'_>) -> Vec<HugepagePool> {
     pools
 }
 
+/// A GPU of which nothing but its place is known.
+#[cfg(test)]
+pub(crate) fn fake_gpu(address: HostPciAddress) -> Gpu {
+    let host = fake::FakeHost::new().function(&address.to_string(), 0x03_02_00);
+    gpus::read(&HostFiles(host.root()), &[]).remove(0)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -200,13 +264,13 @@ pub(crate) mod tests {
             ("sys/bus/pci/devices/0000:01:00.0/iommu_group", "-> ../../kernel/iommu_groups/12"),
             ("sys/bus/pci/devices/0000:01:00.0/driver", "-> ../drivers/vfio-pci"),
         ]);
-        insta::assert_snapshot!(serde_json::to_string_pretty(&read(root.path())).unwrap());
+        insta::assert_snapshot!(serde_json::to_string_pretty(&read(root.path(), &[])).unwrap());
     }
 
     #[test]
     fn an_empty_host_is_an_empty_inventory() {
         let root = tempfile::tempdir().unwrap();
-        let inventory = read(root.path());
+        let inventory = read(root.path(), &[]);
         assert_eq!((inventory.cpus.online, inventory.memory), (0, None));
     }
 

@@ -1,7 +1,10 @@
 //! Takes away everything that was made for a sandbox, last thing first.
 
+use lathe_api::HostPciAddress;
+
 use crate::cgroup;
 use crate::files::{self, FileError};
+use crate::gpus::{GpuError, Owner};
 use crate::journal::{Journal, Step};
 use crate::network::NetworkError;
 use crate::sandbox::prepare::Host;
@@ -16,6 +19,12 @@ pub enum CleanupError {
     /// Interfaces and the filter.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A device's record.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// A panic.
+    #[error("giving devices back was cut off")]
+    Worker,
     /// It is stuck in the kernel.
     #[error("the supervisor of {0} does not die")]
     Supervisor(String),
@@ -43,6 +52,7 @@ pub async fn cleanup(host: &Host, journal: &mut Journal) -> Result<(), CleanupEr
             Step::Interface { name } => host.network.dismiss(&name).await?,
             Step::OverlayDisk { path } | Step::RunDir { path } => files::remove(&path)?,
             Step::Cgroup { .. } => {}
+            Step::Gpus { addresses } => give_back(host, &id, addresses).await?,
         }
         journal.undone()?;
     }
@@ -51,6 +61,14 @@ pub async fn cleanup(host: &Host, journal: &mut Journal) -> Result<(), CleanupEr
     }
     journal.stages().cleanup_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(0);
     journal.cleaned()?;
+    Ok(())
+}
+
+/// Gives devices back. One that cannot be proven clean is quarantined, which holds up nobody here.
+async fn give_back(host: &Host, id: &str, addresses: Vec<HostPciAddress>) -> Result<(), CleanupError> {
+    let (gpus, owner) = (host.gpus.clone(), Owner::Sandbox(id.to_owned()));
+    let work = move || addresses.iter().try_for_each(|address| gpus.release(*address, &owner));
+    tokio::task::spawn_blocking(work).await.map_err(|_| CleanupError::Worker)??;
     Ok(())
 }
 

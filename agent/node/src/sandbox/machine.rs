@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use lathe_api::MemorySize;
 use lathe_api::sandbox::SandboxSpec;
+use lathe_api::{HostPciAddress, MemorySize};
 use lathe_vmm::config::{
-    BootConfig, ConsoleConfig, CpuConfig, DiskConfig, DiskFormat, DiskIo, MemoryConfig, NetworkConfig,
-    VfioConfig, VhostMode, VmConfig, VsockConfig,
+    BootConfig, ConsoleConfig, CpuConfig, DiskConfig, DiskFormat, DiskIo, GpuDirectClique, MemoryConfig,
+    NetworkConfig, PassthroughConfig, VfioConfig, VhostMode, VmConfig, VsockConfig,
 };
 
 use crate::files;
@@ -63,6 +63,8 @@ pub struct MachineParts<'a> {
     pub vsock: &'a Path,
     /// Where its serial console goes.
     pub console: &'a Path,
+    /// Functions of the host that it gets, bound to `vfio-pci`.
+    pub passthrough: &'a [HostPciAddress],
 }
 
 /// The machine of `spec`.
@@ -94,7 +96,7 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
             queue_pairs: 1,
             vhost: VhostMode::Auto,
         }],
-        passthrough: Vec::new(),
+        passthrough: passthrough(parts.passthrough),
         vfio: VfioConfig::default(),
         hotplug_slots: 0,
         numa: Vec::new(),
@@ -104,6 +106,20 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
         serial: ConsoleConfig::File { path: parts.console.to_owned(), limit: CONSOLE_LIMIT },
         console: None,
     }
+}
+
+/// `gpu0`, `gpu1`, ... for devices; the further functions of one are `gpu0-1`, `gpu0-2`, ...
+fn passthrough(functions: &[HostPciAddress]) -> Vec<PassthroughConfig> {
+    let slot = |address: &HostPciAddress| (address.domain(), address.bus(), address.device());
+    let (mut device, mut further) = (0, 0);
+    let config = functions.iter().enumerate().map(|(index, address)| {
+        let new = index.checked_sub(1).is_none_or(|before| slot(&functions[before]) != slot(address));
+        (device, further) = if new { (device + 1, 0) } else { (device, further + 1) };
+        let id =
+            if further == 0 { format!("gpu{}", device - 1) } else { format!("gpu{}-{further}", device - 1) };
+        PassthroughConfig { id, address: *address, gpudirect_clique: GpuDirectClique::default() }
+    });
+    config.collect()
 }
 
 /// 0 to 2 are taken by the protocol; the top byte keeps it clear of them.
@@ -128,9 +144,18 @@ mod tests {
             address: Ipv4Addr::new(10, 42, 1, 2),
             vsock: Path::new("/run/lathe/s/0123456789ab/vsock"),
             console: Path::new("/var/lib/lathe/sandboxes/a-0-1/console.log"),
+            passthrough: &[],
         };
         let config = vm_config(&spec("a-0-1"), &parts);
         insta::assert_snapshot!(serde_json::to_string_pretty(&config).unwrap());
         assert!(config.disks.iter().all(|disk| disk.id.len() <= 20));
+    }
+
+    #[test]
+    fn passed_through_functions_are_named_by_their_device() {
+        let functions = ["0000:65:00.0", "0000:65:00.1", "0000:66:00.0"].map(|text| text.parse().unwrap());
+        let named = passthrough(&functions);
+        let named: Vec<_> = named.iter().map(|p| format!("{} {}", p.id, p.address)).collect();
+        assert_eq!(named, ["gpu0 0000:65:00.0", "gpu0-1 0000:65:00.1", "gpu1 0000:66:00.0"]);
     }
 }

@@ -5,10 +5,12 @@
 //! | this one | the task, the same for every class |
 //! | [`machine`] | the microVM around it (`vm.json`) |
 //! | [`prepare`] | makes on the host what a sandbox needs, step by step, and starts its supervisor |
+//! | [`devices`] | the GPUs among that |
 //! | [`cleanup`] | takes all of it away again |
 //! | [`observe`] | what is there, read from files and locks alone |
 
 pub mod cleanup;
+pub mod devices;
 pub mod machine;
 pub mod observe;
 pub mod prepare;
@@ -25,6 +27,10 @@ use crate::supervisor::microvm::fits_frame;
 
 /// Programs are looked up here when the image says nothing.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// How many GPUs a task has. Where they are on the guest's bus its kernel tells; the host's addresses mean
+/// nothing there. Device nodes and libraries of a GPU's driver are the image's affair.
+const GPU_COUNT: &str = "LATHE_GPU_COUNT";
 
 /// Processes and threads of one task: a fork bomb stops here.
 pub const MAX_PIDS: u32 = 4096;
@@ -56,8 +62,8 @@ pub enum SpecError {
     #[error("the isolation class {0:?} is not available yet: use microvm or container")]
     Class(IsolationClass),
     /// Passthrough.
-    #[error("GPUs cannot be given to sandboxes yet")]
-    Gpus,
+    #[error("resources.gpus: GPUs go to microVMs alone, not to the isolation class {0:?}: use microvm")]
+    Gpus(IsolationClass),
     /// More than a frame.
     #[error("arguments, environment and hosts of the task are together too long (at most 256 KiB)")]
     TooLong,
@@ -71,8 +77,8 @@ pub fn task(spec: &SandboxSpec, config: &RunConfig, subnet: Subnet) -> Result<Ta
     if spec.class == IsolationClass::Unikernel {
         return Err(SpecError::Class(spec.class));
     }
-    if spec.resources.gpus > 0 {
-        return Err(SpecError::Gpus);
+    if spec.resources.gpus > 0 && spec.class != IsolationClass::Microvm {
+        return Err(SpecError::Gpus(spec.class));
     }
     let address = address(spec, subnet)?;
     let task = TaskSpec {
@@ -132,7 +138,8 @@ fn environment(spec: &SandboxSpec, config: &RunConfig) -> Result<Vec<(String, St
         None => (line.clone(), String::new()),
     });
     let path = DEFAULT_PATH.split_once('=').map(|(n, v)| (n.to_owned(), v.to_owned()));
-    for (name, value) in path.into_iter().chain(image).chain(spec.env.iter().cloned()) {
+    let gpus = (spec.resources.gpus > 0).then(|| (GPU_COUNT.to_owned(), spec.resources.gpus.to_string()));
+    for (name, value) in path.into_iter().chain(image).chain(gpus).chain(spec.env.iter().cloned()) {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
             return Err(SpecError::Env(name.chars().take(80).collect()));
         }
@@ -252,6 +259,14 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_task_is_told_how_many_gpus_it_has() {
+        let mut spec = spec("a-0-1");
+        spec.resources.gpus = 2;
+        let task = task(&spec, &config(), subnet()).unwrap();
+        assert!(task.env.contains(&("LATHE_GPU_COUNT".into(), "2".into())), "{:?}", task.env);
+    }
+
+    #[test]
     fn what_would_break_out_of_its_file_is_refused() {
         let refused = |change: fn(&mut SandboxSpec)| {
             let mut spec = spec("a-0-1");
@@ -264,7 +279,11 @@ pub(crate) mod tests {
         assert!(matches!(refused(|s| s.address = "192.168.0.9".into()), SpecError::Address { .. }));
         assert!(matches!(refused(|s| s.env[0].0 = "A=B".into()), SpecError::Env(_)));
         assert!(matches!(refused(|s| s.class = IsolationClass::Unikernel), SpecError::Class(_)));
-        assert!(matches!(refused(|s| s.resources.gpus = 1), SpecError::Gpus));
+        let gpus_in_a_container = |s: &mut SandboxSpec| {
+            s.resources.gpus = 1;
+            s.class = IsolationClass::Container;
+        };
+        assert!(matches!(refused(gpus_in_a_container), SpecError::Gpus(_)));
         assert_eq!(refused(|s| s.args = vec!["x".repeat(300 << 10)]), SpecError::TooLong);
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lathe_api::job::IsolationClass;
@@ -14,9 +15,10 @@ use lathe_api::sandbox::SandboxSpec;
 use lathe_guest_protocol::TaskSpec;
 
 use super::machine::{GuestBundle, MachineParts, vm_config};
-use super::{MAX_PIDS, SpecError, dataset_serial};
+use super::{MAX_PIDS, SpecError, dataset_serial, devices};
 use crate::cgroup::{CgroupTree, Limits};
 use crate::files::{self, FileError};
+use crate::gpus::{GpuError, Gpus};
 use crate::images::blobs::BlobError;
 use crate::images::{Artefact, ImageError, ImageStore};
 use crate::journal::{End, Journal, Step};
@@ -28,6 +30,9 @@ use crate::supervisor::try_lock;
 
 /// What the VMM itself may use beyond its guest's memory: its heap, and the page cache of disks.
 const VMM_MEMORY: u64 = 128 << 20;
+
+/// What it uses for each function that is passed through: page tables of BARs, configuration, interrupts.
+const VFIO_MEMORY: u64 = 64 << 20;
 
 /// Threads of a VMM: vCPUs, devices, workers.
 const VMM_PIDS: u32 = 256;
@@ -48,6 +53,8 @@ pub struct Host {
     pub network: Network,
     /// The cgroup tree.
     pub cgroups: CgroupTree,
+    /// Devices that sandboxes get for themselves.
+    pub gpus: Arc<Gpus>,
     /// This boot.
     pub boot_id: String,
 }
@@ -67,6 +74,12 @@ pub enum PrepareError {
     /// Files.
     #[error(transparent)]
     File(#[from] FileError),
+    /// Its GPUs.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// A panic.
+    #[error("taking its GPUs was cut off")]
+    Worker,
     /// Its overlay disk.
     #[error("mkfs.ext4 failed: {0}")]
     Mkfs(String),
@@ -149,6 +162,8 @@ async fn make(
     task: TaskSpec,
     mut disks: BTreeMap<String, PathBuf>,
 ) -> Result<Launch, PrepareError> {
+    // First, because it is undone last: nothing that could use them is left then.
+    let passthrough = devices::take(host, journal, spec).await?;
     let dir = host.paths.sandbox(&spec.id);
     let run_dir = host.paths.sandbox_run(key);
     journal.begin(Step::RunDir { path: run_dir.clone() })?;
@@ -171,7 +186,11 @@ async fn make(
     let limits = match spec.class {
         IsolationClass::Container => Limits { memory, cpus: spec.resources.cpus, pids: MAX_PIDS },
         // One CPU more than the guest has, for its devices.
-        _ => Limits { memory: memory + VMM_MEMORY, cpus: spec.resources.cpus + 1, pids: VMM_PIDS },
+        _ => Limits {
+            memory: memory + vmm_memory(memory, passthrough.len()),
+            cpus: spec.resources.cpus + 1,
+            pids: VMM_PIDS,
+        },
     };
     journal.begin(Step::Cgroup { path: host.cgroups.sandbox(&key.to_string()) })?;
     let cgroup = host.cgroups.make(&key.to_string(), limits)?;
@@ -189,14 +208,26 @@ async fn make(
             address,
             vsock: &vsock,
             console: &console,
+            passthrough: &passthrough,
         };
         let config = dir.join("vm.json");
         files::write_json(&config, &vm_config(spec, &parts))?;
-        ClassLaunch::Microvm { vmm: host.paths.vmm.clone(), config, vsock, console }
+        let vmm = host.paths.vmm.clone();
+        ClassLaunch::Microvm { vmm, config, vsock, console, lock_memory: !passthrough.is_empty() }
     };
     let launch = Launch { id: spec.id.clone(), run_dir, cgroup, task, class };
     launch.write(&dir)?;
     Ok(launch)
+}
+
+/// What a VMM may use beside its guest's memory of `memory` bytes.
+fn vmm_memory(memory: u64, functions: usize) -> u64 {
+    if functions == 0 {
+        return VMM_MEMORY;
+    }
+    // The IOMMU's page tables count too: 8 bytes for each 4 KiB at worst, once for the memory and once more
+    // for VFIO's own list of what is pinned; and those for the devices' BARs.
+    VMM_MEMORY + memory / 256 + VFIO_MEMORY * functions as u64
 }
 
 /// A sparse disk with an empty filesystem.

@@ -41,6 +41,9 @@ pub enum ClassLaunch {
         vsock: PathBuf,
         /// The file that the guest's serial console goes to.
         console: PathBuf,
+        /// Whether devices reach its memory: all of that is pinned then.
+        #[serde(default)]
+        lock_memory: bool,
     },
     /// A container.
     Container {

@@ -52,7 +52,7 @@ pub async fn run(
     recorder: &mut Recorder,
     mut requests: mpsc::Receiver<Request>,
 ) -> anyhow::Result<End> {
-    let ClassLaunch::Microvm { vmm, config, vsock, console } = &launch.class else {
+    let ClassLaunch::Microvm { vmm, config, vsock, console, lock_memory } = &launch.class else {
         anyhow::bail!("not a microVM");
     };
     let mut socket = vsock.clone().into_os_string();
@@ -60,7 +60,7 @@ pub async fn run(
     files::remove(socket.as_ref())?;
     // Before the guest can connect.
     let listener = UnixListener::bind(&socket).context("cannot listen for the guest")?;
-    let mut child = exec::command(&cgroup::task_of(&launch.cgroup), vmm)
+    let mut child = exec::command(&cgroup::task_of(&launch.cgroup), *lock_memory, vmm)
         .arg("--config")
         .arg(config)
         .arg("--api-socket")
