@@ -63,7 +63,7 @@ pub struct Gpu {
     pub task: Option<String>,
     /// Whether it works, as far as its driver and the kernel log tell.
     pub health: GpuHealth,
-    /// What NVIDIA's driver knows of it; absent where that driver does not run it.
+    /// What NVIDIA's driver says of it, or, while a guest has it, what stays true of what it last said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nvml: Option<NvmlInfo>,
     /// What stands in the way of giving it to a sandbox, and what to do about it.

@@ -173,6 +173,9 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Inventory { json, directories } => print_inventory(&directories.paths()?, json)?,
         Command::Gpus { check, addresses, directories } => {
             agent::load_modules();
+            if !nix::unistd::geteuid().is_root() {
+                eprintln!("lathe-agent: not run as root: who uses a GPU, and ACS, cannot be seen");
+            }
             let json = if check {
                 serde_json::to_string_pretty(&agent::check_devices(&addresses))?
             } else {
