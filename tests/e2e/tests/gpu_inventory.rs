@@ -11,7 +11,8 @@ use lathe_e2e::wait::{PATIENCE, until};
 use lathe_testbed::{Bed, Device, DeviceKind, Host, HostDescription, Iommu, Status};
 
 /// One alone, one below a switch that has no ACS, beside a network card, and one that shares a
-/// conventional bus with another device.
+/// conventional bus with another device. A host with all of these and 3 GiB of memory stops before its
+/// kernel starts (QEMU 10.0.2): the one that has them has 1 GiB.
 fn devices() -> Vec<Device> {
     vec![
         Device::root_port(DeviceKind::BochsDisplay.into()),
@@ -128,18 +129,22 @@ fn without_an_iommu_every_gpu_is_blocked_and_the_fix_is_named() {
 
 #[test]
 fn the_cluster_lists_gpus_and_a_job_that_waits_for_them_says_why() {
-    let options = Options { hosts: 1, devices: devices(), ..Options::default() };
+    let devices = vec![
+        Device::root_port(DeviceKind::BochsDisplay.into()),
+        Device::pci_bridge([Device::other("secondary-vga"), DeviceKind::Edu.into()]),
+    ];
+    let options = Options { hosts: 1, devices, ..Options::default() };
     let cluster = Cluster::start(&options).unwrap();
     let listed: Vec<serde_json::Value> = cluster.json(["gpu", "list"]).unwrap();
     let places: Vec<_> =
         listed.iter().map(|it| (it["node"].as_str().unwrap(), it["address"].as_str().unwrap())).collect();
-    assert_eq!(places, [("n1", "0000:01:00.0"), ("n1", "0000:04:00.0"), ("n1", "0000:06:01.0")]);
+    assert_eq!(places, [("n1", "0000:01:00.0"), ("n1", "0000:02:01.0")]);
 
     let image = artefacts::least_squares_image().unwrap();
     let added = cluster.lathe(["image", "add", "least-squares", image.to_str().unwrap()]).unwrap();
     assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
     let file = cluster.scratch().join("gpus.toml");
-    let spec = "name = \"gpus\"\nclass = \"microvm\"\nimage = \"least-squares\"\n[resources]\ngpus = 3\n";
+    let spec = "name = \"gpus\"\nclass = \"microvm\"\nimage = \"least-squares\"\n[resources]\ngpus = 2\n";
     std::fs::write(&file, spec).unwrap();
     let submitted: Job = cluster.json(["job", "run", "--detach", file.to_str().unwrap()]).unwrap();
     let waiting = until("the job has a reason to wait", PATIENCE, || {
@@ -150,6 +155,6 @@ fn the_cluster_lists_gpus_and_a_job_that_waits_for_them_says_why() {
     assert_eq!(waiting.state, JobState::Pending);
     let reason = waiting.reason.unwrap();
     let wanted =
-        "needs 3 GPUs, the most that a ready node can give is 2: n1: 0000:06:01.0: it shares IOMMU group";
+        "needs 2 GPUs, the most that a ready node can give is 1: n1: 0000:02:01.0: it shares IOMMU group";
     assert!(reason.starts_with(wanted), "{reason}");
 }
