@@ -63,7 +63,7 @@ pub struct Gpu {
     pub task: Option<String>,
     /// Whether it works, as far as its driver and the kernel log tell.
     pub health: GpuHealth,
-    /// What NVIDIA's driver knows of it; absent where that driver does not run it.
+    /// What NVIDIA's driver says of it, or, while a guest has it, what stays true of what it last said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nvml: Option<NvmlInfo>,
     /// What stands in the way of giving it to a sandbox, and what to do about it.
@@ -266,4 +266,44 @@ pub struct DeviceCheck {
     pub what: String,
     /// What is in the way; what blocks comes first.
     pub problems: Vec<GpuProblem>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu() -> Gpu {
+        let text = r#"{"address": "0000:65:00.0", "vendor": 4318, "device": 9008, "class": 197120,
+            "model": "10de:2330", "memory_bytes": 1, "state": "free", "health": {"is": "healthy"},
+            "link": {"speed_mts": 2500, "width": 16, "max_speed_mts": 32000, "max_width": 16}}"#;
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn only_gpus_that_nothing_blocks_and_that_work_are_usable() {
+        let problem = |severity| GpuProblem { severity, what: String::new(), fix: String::new() };
+        let problems = |severity| Gpu { problems: vec![problem(severity)], ..gpu() };
+        assert!(gpu().is_usable() && problems(Severity::Warns).is_usable());
+        assert!(!problems(Severity::Blocks).is_usable());
+        assert!(!Gpu { state: GpuState::Quarantined, ..gpu() }.is_usable());
+        assert!(!Gpu { health: GpuHealth::Failed(String::new()), ..gpu() }.is_usable());
+        assert!(Gpu { health: GpuHealth::Degraded(String::new()), ..gpu() }.is_usable());
+    }
+
+    #[test]
+    fn reports_of_one_gpu_that_idles_and_works_are_the_same() {
+        let reading = |speed, celsius| {
+            let nvml = NvmlInfo { temperature_celsius: Some(celsius), ..NvmlInfo::default() };
+            let mut gpu = Gpu { nvml: Some(nvml), ..gpu() };
+            gpu.link.as_mut().unwrap().speed_mts = Some(speed);
+            gpu.clear_readings();
+            gpu
+        };
+        assert_eq!(reading(2500, 30), reading(32000, 70));
+    }
+
+    #[test]
+    fn an_action_of_a_later_version_is_unknown_and_no_error() {
+        assert_eq!(serde_json::from_str::<RecoveryAction>("\"replace\"").unwrap(), RecoveryAction::Unknown);
+    }
 }

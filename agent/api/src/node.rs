@@ -149,6 +149,9 @@ pub struct Node {
     pub allocated_cpus: u32,
     /// Memory promised to tasks.
     pub allocated_memory: MemorySize,
+    /// GPUs promised to tasks.
+    #[serde(default)]
+    pub allocated_gpus: u32,
     /// Milliseconds since the Unix epoch.
     pub last_heartbeat_ms: u64,
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use commands::{cluster, dataset, doctor, image, job, node, token, vm, vm_control, vm_device};
+use commands::{cluster, dataset, doctor, gpu, image, job, node, token, vm, vm_control, vm_device};
 use context::Connection;
 use exit::Exit;
 use lathe_api::client::ClientError;
@@ -45,6 +45,9 @@ enum Command {
     /// The hosts of the cluster.
     #[command(subcommand)]
     Node(node::Command),
+    /// GPUs, and what stands in the way of giving them to guests.
+    #[command(subcommand)]
+    Gpu(gpu::Command),
     /// Credentials of nodes and people.
     #[command(subcommand)]
     Token(token::Command),
@@ -105,6 +108,7 @@ async fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Vm(VmCommand::Device(command)) => vm_device::run(&command, format),
         Command::Cluster(command) => cluster::run(command),
         Command::Node(command) => node::run(command, &cli.connection.client()?, format).await,
+        Command::Gpu(command) => gpu::run(command, &cli.connection, format).await,
         Command::Token(command) => token::run(command, &cli.connection.client()?, format).await,
         Command::Image(command) => image::run(command, &cli.connection.client()?, format).await,
         Command::Dataset(command) => dataset::run(command, &cli.connection.client()?, format).await,

@@ -105,6 +105,9 @@ pub struct Allocation {
     pub cpus: u32,
     /// Bytes.
     pub memory_bytes: u64,
+    /// GPUs; which ones is the node's choice. Records of before there were any have none.
+    #[serde(default)]
+    pub gpus: u32,
     /// Its address.
     pub address: Ipv4Addr,
 }

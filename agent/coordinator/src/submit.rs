@@ -16,6 +16,8 @@ use crate::tokens;
 
 const MAX_TASKS: u32 = 1024;
 const MAX_CPUS: u32 = 64;
+/// No host has more that a guest could take.
+const MAX_GPUS: u32 = 64;
 /// Below this Linux and its initramfs do not start.
 const MIN_MICROVM_MEMORY: MemorySize = MemorySize::from_mib(64);
 /// Below this a cgroup kills whatever is started in it.
@@ -218,8 +220,9 @@ fn check(spec: &JobSpec) -> Result<(), ApiError> {
 fn check_resources(spec: &JobSpec) -> Result<(), ApiError> {
     let resources = &spec.resources;
     range("resources.cpus", resources.cpus, 1, MAX_CPUS)?;
-    if resources.gpus != 0 {
-        let detail = format!("{}: GPUs are not available yet; leave it 0", resources.gpus);
+    range("resources.gpus", resources.gpus, 0, MAX_GPUS)?;
+    if resources.gpus != 0 && spec.class != IsolationClass::Microvm {
+        let detail = format!("{}: only tasks of class microvm can have GPUs", resources.gpus);
         return Err(ApiError::field("resources.gpus", detail));
     }
     let minimum = match spec.class {

@@ -436,7 +436,8 @@ fn same_states(a: &[SandboxStatus], b: &[SandboxStatus]) -> bool {
 /// The inventory with what can run here, and what drivers say of their GPUs: may take a minute.
 pub fn read_inventory(paths: &Paths, gpus: &Gpus) -> Inventory {
     let mut inventory = read_files(paths, gpus);
-    inventory::ask_nvml(Path::new("/"), &mut inventory.gpus, &nvml_program());
+    let known = paths.state.join("known-gpus.json");
+    inventory::ask_nvml(Path::new("/"), &mut inventory.gpus, &nvml_program(), &known);
     inventory
 }
 

@@ -191,6 +191,9 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Gpus { command: Some(command), .. } => gpu_commands::run(command)?,
         Command::Gpus { command: None, check, addresses, directories } => {
             agent::load_modules();
+            if !nix::unistd::geteuid().is_root() {
+                eprintln!("lathe-agent: not run as root: who uses a GPU, and ACS, cannot be seen");
+            }
             let json = if check {
                 serde_json::to_string_pretty(&agent::check_devices(&addresses))?
             } else {

@@ -46,6 +46,15 @@ pub enum Reason {
         /// What nodes say about it, as `node: problem`.
         problems: Vec<String>,
     },
+    /// No node has as many usable GPUs as one task needs, whatever runs.
+    NoNodeForGpus {
+        /// By each task.
+        needed: u32,
+        /// On the node of the class that has most.
+        most: u32,
+        /// What nodes say about GPUs that cannot be used, as `node: problem`.
+        problems: Vec<String>,
+    },
     /// It does not fit even on empty nodes.
     LargerThanCluster {
         /// The gang's size.
@@ -54,6 +63,20 @@ pub enum Reason {
         task: Capacity,
         /// How many such tasks the nodes hold when empty.
         holds: u32,
+    },
+    /// No node has as many free GPUs as one task needs.
+    GpusOnOneNode {
+        /// By each task.
+        needed: u32,
+        /// On the node of the class that has most.
+        most: u32,
+    },
+    /// Too few GPUs are free.
+    Gpus {
+        /// In all.
+        needed: u64,
+        /// On nodes of the class.
+        free: u64,
     },
     /// Too few CPUs are free.
     Cpus {
@@ -93,6 +116,16 @@ impl fmt::Display for Reason {
                 write!(f, "no ready node runs class {}", class_name(*class))?;
                 if problems.is_empty() { Ok(()) } else { write!(f, ": {}", problems.join("; ")) }
             }
+            Self::NoNodeForGpus { needed, most, problems } => {
+                write!(f, "needs {}, the most that a ready node can give is {most}", Gpus(*needed))?;
+                if problems.is_empty() { Ok(()) } else { write!(f, ": {}", problems.join("; ")) }
+            }
+            Self::GpusOnOneNode { needed, most } => {
+                write!(f, "needs {}, the largest number free on one node is {most}", Gpus(*needed))
+            }
+            Self::Gpus { needed, free } => {
+                write!(f, "needs {needed} GPUs in total across nodes; {free} are free")
+            }
             Self::LargerThanCluster { tasks, task, holds } => write!(
                 f,
                 "larger than the whole cluster: needs {}, the ready nodes hold {holds} of them when empty; \
@@ -128,7 +161,20 @@ impl fmt::Display for Tasks {
         let plural = |count: u32| if count == 1 { "" } else { "s" };
         let Self(tasks, task) = self;
         let memory = MemorySize::from_bytes(task.memory_bytes);
-        write!(f, "{tasks} task{} of {} CPU{} and {memory}", plural(*tasks), task.cpus, plural(task.cpus))
+        let (cpus, gpus) = (task.cpus, task.gpus);
+        write!(f, "{tasks} task{} of {cpus} CPU{}", plural(*tasks), plural(cpus))?;
+        match gpus {
+            0 => write!(f, " and {memory}"),
+            _ => write!(f, ", {memory} and {}", Gpus(gpus)),
+        }
+    }
+}
+
+struct Gpus(u32);
+
+impl fmt::Display for Gpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} GPU{}", self.0, if self.0 == 1 { "" } else { "s" })
     }
 }
 

@@ -9,6 +9,8 @@ pub struct Capacity {
     pub cpus: u32,
     /// Memory in bytes.
     pub memory_bytes: u64,
+    /// GPUs that can be given to sandboxes.
+    pub gpus: u32,
     /// Sandboxes: bounded by the addresses in a node's subnet. A task takes one.
     pub sandboxes: u32,
 }
@@ -19,6 +21,7 @@ impl Capacity {
         let by = |have: u64, need: u64| have.checked_div(need).unwrap_or(u64::MAX);
         let count = by(self.cpus.into(), task.cpus.into())
             .min(by(self.memory_bytes, task.memory_bytes))
+            .min(by(self.gpus.into(), task.gpus.into()))
             .min(by(self.sandboxes.into(), task.sandboxes.into()));
         u32::try_from(count).unwrap_or(u32::MAX)
     }
@@ -27,6 +30,7 @@ impl Capacity {
     pub(crate) fn take(&mut self, task: Self) {
         self.cpus -= task.cpus;
         self.memory_bytes -= task.memory_bytes;
+        self.gpus -= task.gpus;
         self.sandboxes -= task.sandboxes;
     }
 }
@@ -44,6 +48,8 @@ pub struct Node {
     pub classes: Vec<IsolationClass>,
     /// Why the other classes do not, one line each.
     pub class_problems: Vec<String>,
+    /// What keeps GPUs of it from being given to sandboxes, one line each.
+    pub gpu_problems: Vec<String>,
 }
 
 /// A gang: equal tasks that start together or not at all.

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 const MIB: u64 = 1 << 20;
 
 fn capacity(cpus: u32, mib: u64, sandboxes: u32) -> Capacity {
-    Capacity { cpus, memory_bytes: mib * MIB, sandboxes }
+    Capacity { cpus, memory_bytes: mib * MIB, gpus: 0, sandboxes }
 }
 
 fn node(name: &str, cpus: u32, mib: u64) -> Node {
@@ -19,7 +19,21 @@ fn node(name: &str, cpus: u32, mib: u64) -> Node {
         free: total,
         classes: vec![Microvm, Container],
         class_problems: Vec::new(),
+        gpu_problems: Vec::new(),
     }
+}
+
+/// A node with GPUs, of which some are free.
+fn gpu_node(name: &str, gpus: u32, free: u32) -> Node {
+    let mut node = node(name, 16, 8192);
+    (node.total.gpus, node.free.gpus) = (gpus, free);
+    node
+}
+
+fn gpu_gang(id: &str, tasks: u32, gpus: u32) -> Gang {
+    let mut gang = gang(id, tasks, 1, 256);
+    gang.task.gpus = gpus;
+    gang
 }
 
 fn gang(id: &str, tasks: u32, cpus: u32, mib: u64) -> Gang {
@@ -96,23 +110,56 @@ fn every_kind_of_shortage_is_named() {
     );
 }
 
+#[test]
+fn shortages_of_gpus_are_named() {
+    let mut blocked = gpu_node("n1", 0, 0);
+    blocked.gpu_problems = vec!["0000:01:00.0: the IOMMU is off".to_owned()];
+    assert_eq!(
+        reason(&[blocked], &[gpu_gang("a", 1, 1)], "a"),
+        "needs 1 GPU, the most that a ready node can give is 0: n1: 0000:01:00.0: the IOMMU is off"
+    );
+    let nodes = [gpu_node("n1", 4, 1), gpu_node("n2", 4, 1)];
+    assert_eq!(
+        reason(&nodes, &[gpu_gang("a", 1, 2)], "a"),
+        "needs 2 GPUs, the largest number free on one node is 1"
+    );
+    assert_eq!(reason(&nodes, &[gpu_gang("a", 4, 1)], "a"), "needs 4 GPUs in total across nodes; 2 are free");
+    assert_eq!(
+        reason(&nodes, &[gpu_gang("a", 3, 4)], "a"),
+        "larger than the whole cluster: needs 3 tasks of 1 CPU, 256 MiB and 4 GPUs, the ready nodes hold \
+         2 of them when empty; waits until nodes are added"
+    );
+}
+
+#[test]
+fn work_without_gpus_leaves_nodes_with_free_ones_alone() {
+    let nodes = [gpu_node("a1", 8, 8), gpu_node("b2", 8, 0), node("c3", 2, 2048)];
+    let placed = |gang: Gang| fcfs(&nodes, &[gang]).placements[0].nodes.clone();
+    assert_eq!(placed(gang("plain", 1, 1, 256)), ["b2"]);
+    assert_eq!(placed(gang("wide", 3, 1, 256)), ["a1", "b2", "c3"]);
+    assert_eq!(placed(gpu_gang("gpus", 1, 2)), ["a1"]);
+}
+
 fn nodes() -> impl Strategy<Value = Vec<Node>> {
-    let one = (1_u32..16, 64_u64..4096, 0_u32..8, 0_u32..=100, prop::bool::ANY);
+    let one = (1_u32..16, 64_u64..4096, 0_u32..8, 0_u32..=100, prop::bool::ANY, 0_u32..9);
     prop::collection::vec(one, 0..12).prop_map(|specs| {
-        let build = |(index, (cpus, mib, sandboxes, used, microvm)): (usize, (u32, u64, u32, u32, bool))| {
+        type Spec = (u32, u64, u32, u32, bool, u32);
+        let build = |(index, (cpus, mib, sandboxes, used, microvm, gpus)): (usize, Spec)| {
             let classes: Vec<IsolationClass> =
                 if microvm { vec![Microvm, Container] } else { vec![Container] };
             let share = |amount: u64| amount - amount * u64::from(used) / 100;
             Node {
                 name: format!("n{index:02}"),
-                total: capacity(cpus, mib, sandboxes),
+                total: Capacity { gpus, ..capacity(cpus, mib, sandboxes) },
                 free: Capacity {
                     cpus: u32::try_from(share(cpus.into())).expect("smaller"),
                     memory_bytes: share(mib * MIB),
+                    gpus: u32::try_from(share(gpus.into())).expect("smaller"),
                     sandboxes,
                 },
                 classes,
                 class_problems: Vec::new(),
+                gpu_problems: Vec::new(),
             }
         };
         specs.into_iter().enumerate().map(build).collect()
@@ -120,11 +167,14 @@ fn nodes() -> impl Strategy<Value = Vec<Node>> {
 }
 
 fn gangs() -> impl Strategy<Value = Vec<Gang>> {
-    let one = (prop::bool::ANY, 1_u32..10, 1_u32..6, 16_u64..1024);
+    let one = (prop::bool::ANY, 1_u32..10, 1_u32..6, 16_u64..1024, 0_u32..4);
     prop::collection::vec(one, 0..12).prop_map(|specs| {
-        let build = |(index, (microvm, tasks, cpus, mib)): (usize, (bool, u32, u32, u64))| Gang {
+        type Spec = (bool, u32, u32, u64, u32);
+        let build = |(index, (microvm, tasks, cpus, mib, gpus)): (usize, Spec)| Gang {
+            id: format!("g{index:02}"),
             class: if microvm { Microvm } else { Container },
-            ..gang(&format!("g{index:02}"), tasks, cpus, mib)
+            tasks,
+            task: Capacity { gpus, ..capacity(cpus, mib, 1) },
         };
         specs.into_iter().enumerate().map(build).collect()
     })
@@ -144,6 +194,7 @@ proptest! {
                 prop_assert!(free[index].holds(gang.task) >= 1, "{} is over-committed", name);
                 free[index].cpus -= gang.task.cpus;
                 free[index].memory_bytes -= gang.task.memory_bytes;
+                free[index].gpus -= gang.task.gpus;
                 free[index].sandboxes -= gang.task.sandboxes;
             }
         }
@@ -169,7 +220,7 @@ proptest! {
         let plan = fcfs(&nodes, &gangs);
         let position = |id: &str| gangs.iter().position(|gang| gang.id == id).expect("known");
         let head = plan.waiting.iter().find(|w| matches!(
-            w.reason, Reason::Cpus { .. } | Reason::Memory { .. } | Reason::Fragmented { .. }));
+            w.reason, Reason::GpusOnOneNode { .. } | Reason::Gpus { .. } | Reason::Cpus { .. } | Reason::Memory { .. } | Reason::Fragmented { .. }));
         for waiting in &plan.waiting {
             if let Reason::Behind { gang } = &waiting.reason {
                 prop_assert_eq!(Some(gang), head.map(|head| &head.gang));

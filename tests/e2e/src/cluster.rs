@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use lathe_api::job::{Job, JobState};
 use lathe_api::node::{Node, NodeState};
 use lathe_testbed::bed::HARNESS_ADDRESS;
-use lathe_testbed::{Bed, Host, HostDescription, HostFile};
+use lathe_testbed::{Bed, Device, Host, HostDescription, HostFile};
 use serde::de::DeserializeOwned;
 
 use crate::artefacts;
@@ -30,11 +30,13 @@ pub struct Options {
     pub cpus: u32,
     /// Memory of each, MiB.
     pub memory_mib: u32,
+    /// PCI devices of each beyond those it needs.
+    pub devices: Vec<Device>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { hosts: 2, cpus: 2, memory_mib: 3072 }
+        Self { hosts: 2, cpus: 2, memory_mib: 3072, devices: Vec::new() }
     }
 }
 
@@ -99,6 +101,7 @@ impl Cluster {
             host.cpus = options.cpus;
             host.memory_mib = options.memory_mib;
             host.files.clone_from(&files);
+            host.devices.clone_from(&options.devices);
             host
         });
         if let Some(bed) = &cluster.bed {

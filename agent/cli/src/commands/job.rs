@@ -378,7 +378,8 @@ fn show(job: &Job) {
     println!("class      {}, {} tasks, attempt {}", class_name(job.spec.class), job.spec.tasks, job.attempt);
     println!("image      {} {}", job.spec.image, job.image_digest);
     let resources = &job.spec.resources;
-    println!("each task  {} CPUs, {}", resources.cpus, resources.memory);
+    let gpus = if resources.gpus == 0 { String::new() } else { format!(", {} GPUs", resources.gpus) };
+    println!("each task  {} CPUs, {}{gpus}", resources.cpus, resources.memory);
     for dataset in &job.spec.datasets {
         println!("dataset    {} at {}", dataset.name, dataset.mount);
     }

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod dataset;
 pub mod doctor;
+pub mod gpu;
 pub mod image;
 pub mod job;
 pub mod node;

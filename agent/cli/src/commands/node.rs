@@ -55,9 +55,14 @@ fn classes(node: &Node) -> String {
     names.collect::<Vec<_>>().join(",")
 }
 
+/// Those that a task could have.
+fn usable_gpus(node: &Node) -> usize {
+    node.inventory.gpus.iter().filter(|gpu| gpu.is_usable()).count()
+}
+
 fn list(nodes: &[Node]) {
     let mut table =
-        output::table(&["NAME", "STATE", "ADDRESS", "CPUS", "MEMORY", "CLASSES", "SUBNET", "SEEN"]);
+        output::table(&["NAME", "STATE", "ADDRESS", "CPUS", "MEMORY", "GPUS", "CLASSES", "SUBNET", "SEEN"]);
     for node in nodes {
         let memory = node.inventory.memory.map_or(0, |size| size.mib());
         table.add_row([
@@ -66,6 +71,7 @@ fn list(nodes: &[Node]) {
             node.address.clone(),
             format!("{}/{}", node.allocated_cpus, node.inventory.cpus.online),
             format!("{}/{memory} MiB", node.allocated_memory.mib()),
+            format!("{}/{}", node.allocated_gpus, usable_gpus(node)),
             classes(node),
             node.subnet.clone(),
             format!("{} ago", output::age(node.last_heartbeat_ms)),
@@ -99,6 +105,9 @@ fn show(node: &Node) {
     }
     for nic in &inventory.nics {
         println!("nic        {} {} {}", nic.name, nic.mac, nic.driver);
+    }
+    for gpu in &inventory.gpus {
+        println!("gpu        {} {} {}", gpu.address, gpu.model, super::gpu::state(gpu));
     }
     println!("classes    {}", classes(node));
     for problem in &inventory.class_problems {

@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use lathe_api::gpu::{GpuHealth, GpuState, Severity};
 use lathe_api::job::{JobState, TaskState};
-use lathe_api::node::NodeState;
+use lathe_api::node::{Inventory, NodeState};
 use lathe_api::sandbox::Desired;
 use lathe_scheduler::{Capacity, Gang, Node, Placement, Policy};
 
@@ -64,7 +65,12 @@ fn gang(id: &str, record: &JobRecord) -> Gang {
 
 fn task_size(record: &JobRecord) -> Capacity {
     let resources = &record.job.spec.resources;
-    Capacity { cpus: resources.cpus, memory_bytes: resources.memory.bytes(), sandboxes: 1 }
+    Capacity {
+        cpus: resources.cpus,
+        memory_bytes: resources.memory.bytes(),
+        gpus: resources.gpus,
+        sandboxes: 1,
+    }
 }
 
 /// Nodes that take part: those whose reports arrive, with nothing on them that should be gone.
@@ -80,14 +86,13 @@ pub(crate) fn snapshot(coordinator: &Coordinator, listing: &Listing) -> Result<V
             continue;
         }
         let total = total(&value);
-        let mut free = match allocations.get(&name) {
-            Some(allocations) => left(total, &allocations.value),
-            None => total,
-        };
+        let none = Allocations::default();
+        let mut free = left(&value, allocations.get(&name).map_or(&none, |of| &of.value));
         if live.strays > 0 {
             // What they use is unknown to the records: nothing is placed beside them.
             free = Capacity::default();
         }
+        let gpu_problems = gpu_problems(&value.inventory);
         let inventory = value.inventory;
         nodes.push(Node {
             name,
@@ -95,6 +100,7 @@ pub(crate) fn snapshot(coordinator: &Coordinator, listing: &Listing) -> Result<V
             free,
             classes: inventory.classes,
             class_problems: inventory.class_problems,
+            gpu_problems,
         });
     }
     Ok(nodes)
@@ -106,19 +112,58 @@ fn total(node: &NodeRecord) -> Capacity {
     Capacity {
         cpus: node.inventory.cpus.online,
         memory_bytes: memory.saturating_sub(reserved),
+        gpus: count(node.inventory.gpus.iter().filter(|gpu| gpu.is_usable())),
         sandboxes: SANDBOXES_PER_NODE,
     }
 }
 
-fn left(total: Capacity, allocations: &Allocations) -> Capacity {
+fn count(gpus: impl Iterator) -> u32 {
+    u32::try_from(gpus.count()).unwrap_or(u32::MAX)
+}
+
+/// Why GPUs cannot be used: for each the first thing in the way.
+fn gpu_problems(inventory: &Inventory) -> Vec<String> {
+    let unusable = inventory.gpus.iter().filter(|gpu| !gpu.is_usable());
+    let reasons = unusable.map(|gpu| {
+        let blocking = || gpu.problems.iter().find(|problem| problem.severity == Severity::Blocks);
+        let reason = match &gpu.health {
+            GpuHealth::Failed(reason) => Some(reason),
+            _ => gpu.reason.as_ref().or_else(|| blocking().map(|problem| &problem.what)),
+        };
+        format!("{}: {}", gpu.address, reason.map_or("quarantined", String::as_str))
+    });
+    reasons.collect()
+}
+
+/// GPUs that nobody has and nobody was promised. One in use by a sandbox that was promised it counts
+/// on both sides, because the promise and the node's report do not come at one moment. One that is
+/// scrubbed, or that nobody promised to who has it, is not free.
+fn gpus_left(inventory: &Inventory, allocations: &Allocations) -> u32 {
+    let promised_to =
+        |task: &Option<String>| task.as_ref().is_some_and(|task| allocations.sandboxes.contains_key(task));
+    let offered = inventory.gpus.iter().filter(|gpu| {
+        gpu.is_usable()
+            && match gpu.state {
+                GpuState::Free => true,
+                GpuState::InUse => promised_to(&gpu.task),
+                GpuState::Scrubbing | GpuState::Quarantined => false,
+            }
+    });
+    let promised = allocations.sandboxes.values().fold(0_u32, |sum, one| sum.saturating_add(one.gpus));
+    count(offered).saturating_sub(promised)
+}
+
+fn left(node: &NodeRecord, allocations: &Allocations) -> Capacity {
+    let total = total(node);
     let used = allocations.sandboxes.values();
     let cpus = used.clone().fold(0_u32, |sum, one| sum.saturating_add(one.cpus));
     let memory = used.fold(0_u64, |sum, one| sum.saturating_add(one.memory_bytes));
-    let count = u32::try_from(allocations.sandboxes.len()).unwrap_or(u32::MAX);
+    let sandboxes = u32::try_from(allocations.sandboxes.len()).unwrap_or(u32::MAX);
     Capacity {
         cpus: total.cpus.saturating_sub(cpus),
         memory_bytes: total.memory_bytes.saturating_sub(memory),
-        sandboxes: total.sandboxes.saturating_sub(count),
+        gpus: gpus_left(&node.inventory, allocations),
+        sandboxes: total.sandboxes.saturating_sub(sandboxes),
     }
 }
 
@@ -153,14 +198,15 @@ async fn commit(
                 entry.insert(target)
             }
         };
-        if left(total(&target.node.value), &target.allocations).holds(size) == 0 {
+        if left(&target.node.value, &target.allocations).holds(size) == 0 {
             return Ok(false);
         }
         let taken = |address| target.allocations.sandboxes.values().any(|one| one.address == address);
         let last = target.allocations.last_address;
         let Some(address) = free_address(&target.node.value.subnet, last, taken) else { return Ok(false) };
         let sandbox = format!("{id}-{}-{}", task.rank, next.job.attempt);
-        let allocation = Allocation { cpus: size.cpus, memory_bytes: size.memory_bytes, address };
+        let allocation =
+            Allocation { cpus: size.cpus, memory_bytes: size.memory_bytes, gpus: size.gpus, address };
         target.allocations.sandboxes.insert(sandbox.clone(), allocation);
         target.allocations.last_address = Some(address);
         let assignment =

@@ -12,6 +12,7 @@ use futures_util::StreamExt;
 use lathe_api::MemorySize;
 use lathe_api::artefact::{Digest, Image};
 use lathe_api::client::{Client, ClientIdentity, ClientOptions};
+use lathe_api::gpu::Gpu;
 use lathe_api::job::{IsolationClass, Job, JobSpec, TaskExit, TaskState};
 use lathe_api::node::{Cpus, Inventory, JoinRequest, LogLine, LogStream, NodeReport, SandboxStatus};
 use lathe_api::sandbox::{Desired, NodeDesired, SandboxSpec};
@@ -246,6 +247,11 @@ impl FakeAgent {
     pub fn set(&self, sandbox: &str, change: impl FnOnce(&mut SandboxStatus)) {
         let mut state = self.state.lock().expect("no panic");
         change(state.sandboxes.get_mut(sandbox).expect("a known sandbox"));
+    }
+
+    /// The node has other GPUs, or the same in other states.
+    pub fn set_gpus(&self, gpus: Vec<Gpu>) {
+        self.state.lock().expect("no panic").report.inventory.gpus = gpus;
     }
 
     /// The host starts again and has forgotten everything.

@@ -3,4 +3,5 @@
 mod access;
 mod data;
 mod gangs;
+mod gpus;
 mod harness;

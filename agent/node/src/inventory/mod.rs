@@ -7,6 +7,7 @@ mod devices;
 pub(crate) mod fake;
 mod gpus;
 mod health;
+mod known;
 mod nvml;
 mod preflight;
 mod room;
@@ -58,9 +59,11 @@ fn gpus(host: &HostFiles<'_>, devices: &[HostPciAddress]) -> Vec<Gpu> {
 }
 
 /// Asks NVIDIA's driver about the GPUs that it runs, through the program `nvml`, and judges their
-/// health. Where it runs none this does nothing. May take a minute.
-pub fn ask_nvml(root: &Path, gpus: &mut [Gpu], nvml: &Path) {
+/// health; what it once said of the others is in the file `known`. Where it runs none the program is
+/// not started. May take a minute.
+pub fn ask_nvml(root: &Path, gpus: &mut [Gpu], nvml: &Path, known: &Path) {
     nvml::enrich(gpus, nvml, nvml::LIMIT, || xid::last_xids(root));
+    known::complete(gpus, known);
 }
 
 /// Until NVIDIA's driver was asked about a GPU, nobody knows whether it works.

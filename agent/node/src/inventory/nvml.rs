@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use lathe_api::HostPciAddress;
@@ -14,7 +15,7 @@ use lathe_api::gpu::{Ecc, Gpu, GpuHealth, NvmlInfo, RecoveryAction};
 use lathe_nvml::{Device, Document};
 
 use super::health::assess;
-use super::preflight::warns;
+use super::preflight::{blocks, warns};
 
 /// Without persistence mode the driver initialises each GPU when it is asked, some seconds a GPU. One
 /// that is sick takes minutes.
@@ -50,8 +51,11 @@ pub(super) enum NvmlError {
         source: std::io::Error,
     },
     /// Hung.
-    #[error("NVML did not answer within {0:?}")]
+    #[error("NVML did not answer within {0:?}: a GPU or its driver hangs")]
     Timeout(Duration),
+    /// Hung before, and its process cannot even be killed.
+    #[error("NVML hangs in the driver since it was last asked")]
+    StillHangs,
     /// Said why.
     #[error("{0}")]
     Failed(String),
@@ -77,13 +81,20 @@ pub(super) fn enrich(
     match ask(program, limit) {
         Ok(document) => merge(gpus, &document, &xids()),
         Err(error) => {
+            let hangs = matches!(error, NvmlError::Timeout(_) | NvmlError::StillHangs);
             let error = clean(&error.to_string(), 2 * MAX_TEXT);
             tracing::warn!(%error, "NVML does not answer");
             for gpu in gpus.iter_mut().filter(|gpu| driven(gpu)) {
-                gpu.problems.push(warns(
-                    format!("nothing is known of its health: {error}"),
-                    "nvidia-smi shows whether the driver works; install lathe-nvml beside lathe-agent",
-                ));
+                let what = format!("nothing is known of its health: {error}");
+                gpu.problems.push(if hangs {
+                    // A driver that hangs would hang as well when the GPU is taken from it.
+                    blocks(what, "see the kernel log for Xids; restart the host if nvidia-smi hangs too")
+                } else {
+                    warns(
+                        what,
+                        "install lathe-nvml beside lathe-agent; nvidia-smi shows whether the driver works",
+                    )
+                });
             }
         }
     }
@@ -94,9 +105,15 @@ pub(super) fn driven(gpu: &Gpu) -> bool {
     gpu.driver.as_deref() == Some(NVIDIA)
 }
 
-/// Runs the program. It is killed when its time is over, and left to the kernel if it does not die:
-/// a process in a driver's call ends when the call does.
+/// Runs the program. It is killed when its time is over. In a driver's call it dies only when the call
+/// ends; until then no other is started, or there would be one more every minute.
 fn ask(program: &Path, limit: Duration) -> Result<Document, NvmlError> {
+    static HUNG: Mutex<Vec<(PathBuf, Child)>> = Mutex::new(Vec::new());
+    let hung = || HUNG.lock().unwrap_or_else(PoisonError::into_inner);
+    hung().retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
+    if hung().iter().any(|(of, _)| of == program) {
+        return Err(NvmlError::StillHangs);
+    }
     let start = |source| NvmlError::Start { program: program.to_owned(), source };
     let mut child = Command::new(program)
         .stdin(Stdio::null())
@@ -113,9 +130,7 @@ fn ask(program: &Path, limit: Duration) -> Result<Document, NvmlError> {
         }
         if Instant::now() >= deadline {
             let _ = child.kill();
-            // Reaps it now if it can die.
-            std::thread::sleep(POLL);
-            let _ = child.try_wait();
+            hung().push((program.to_owned(), child));
             return Err(NvmlError::Timeout(limit));
         }
         std::thread::sleep(POLL);
@@ -287,13 +302,23 @@ mod tests {
             &enriched("echo 'lathe-nvml: libnvidia-ml.so.1 not found' >&2; exit 1", LIMIT, &[]),
             "libnvidia-ml.so.1 not found",
         );
-        unknown(&enriched("exec sleep 600", Duration::from_millis(50), &[]), "did not answer within 50ms");
+        let hangs = enriched("exec sleep 600", Duration::from_millis(50), &[]);
+        unknown(&hangs, "did not answer within 50ms");
+        assert!(!hangs.is_usable(), "it would hang when the GPU is taken, too");
         unknown(&enriched("kill -SEGV $$", LIMIT, &[]), "signal: 11");
+        assert!(answered("[1, 2").is_usable(), "passthrough needs no driver");
         unknown(&answered("[1, 2"), "something else");
         unknown(&enriched("head -c 3000000 /dev/zero", LIMIT, &[]), "lathe-nvml");
         let mut gpus = crate::inventory::gpus::read(&HostFiles(two_gpus().root()), &[]);
         enrich(&mut gpus, Path::new("/nonexistent/lathe-nvml"), LIMIT, BTreeMap::new);
         unknown(&gpus[1], "cannot be run");
+    }
+
+    #[test]
+    fn gpus_whose_driver_was_not_asked_yet_are_not_offered() {
+        let mut gpus = crate::inventory::gpus::read(&HostFiles(two_gpus().root()));
+        crate::inventory::hold_back_unasked(&mut gpus);
+        assert_eq!(gpus.iter().map(Gpu::is_usable).collect::<Vec<_>>(), [true, false]);
     }
 
     #[test]

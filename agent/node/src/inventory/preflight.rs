@@ -254,12 +254,23 @@ fn boot_vga(function: &Function<'_>) -> Option<GpuProblem> {
 }
 
 fn reset(function: &Function<'_>) -> Option<GpuProblem> {
-    function.reset_methods().is_empty().then(|| {
-        blocks(
-            "the kernel knows no way to reset it: the next guest would find what the last one left",
-            "put it alone below a root port, so that the bus can be reset; see its file reset_method",
-        )
-    })
+    let fix = "put it alone below a root port, so that its bus can be reset";
+    let methods = function.reset_methods();
+    if methods.is_empty() {
+        let what = "the kernel knows no way to reset it: the next guest would find what the last one left";
+        return Some(blocks(what, format!("{fix}; see its file reset_method")));
+    }
+    // The kernel lists methods when it finds a function, before it has found those beside it.
+    if methods.iter().any(|method| method != "bus" && method != "slot") {
+        return None;
+    }
+    let place = |of: HostPciAddress| (of.domain(), of.bus());
+    let beside = function.host.names("sys/bus/pci/devices").into_iter();
+    let beside = beside.filter_map(|name| name.parse::<HostPciAddress>().ok()).find(|other| {
+        // Functions of the same card are taken together with it.
+        place(*other) == place(function.address) && other.device() != function.address.device()
+    })?;
+    Some(blocks(format!("it can only be reset by its bus, which it shares with {beside}"), fix))
 }
 
 /// Guest addresses have to exist in the CPU and in the IOMMU alike.

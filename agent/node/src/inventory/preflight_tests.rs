@@ -96,6 +96,10 @@ fn what_the_host_lacks_is_named_with_its_remedy() {
 fn devices_that_cannot_be_taken_or_cleaned_are_refused() {
     has(&two_gpus().file_of(CARD, "boot_vga", "1\n"), CARD, "blocks", &["console", "boot vga"]);
     has(&two_gpus().file_of(GPU, "reset_method", "\n"), GPU, "blocks", &["no way to reset"]);
+    let beside = two_gpus().function("0000:00:01.0/0000:01:00.0/0000:02:04.0/0000:03:01.0", 0x01_08_02);
+    assert_eq!(lines(&beside, GPU), [] as [&str; 0], "it has a reset of its own");
+    let bus_only = beside.file_of(GPU, "reset_method", "bus\n");
+    has(&bus_only, GPU, "blocks", &["by its bus, which it shares with 0000:03:01.0"]);
     has(&two_gpus().file_of(GPU, "sriov_numvfs", "16\n"), GPU, "blocks", &["16 virtual functions", "echo 0"]);
     let child = two_gpus().link(&format!("sys/bus/pci/devices/{GPU}/physfn"), "../0000:00:05.0");
     has(&child, GPU, "warns", &["virtual function of 0000:00:05.0"]);
@@ -151,7 +155,7 @@ fn users_on_the_host_are_named() {
 
     let nic = "0000:05:00.0";
     let up =
-        two_gpus().function(nic, 0x02_00_00).group(21, &[nic]).file_of(nic, "net/eth0/operstate", "up\n");
+        two_gpus().function(nic, 0x02_00_00).group(21, &[nic]).file_of(nic, "net/eth0/flags", "0x1003\n");
     has(&up, nic, "blocks", &["eth0 is up", "ip link set eth0 down"]);
 }
 

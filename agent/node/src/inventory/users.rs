@@ -164,7 +164,10 @@ fn device_files(function: &Function<'_>, driver: &str) -> Vec<String> {
 
 fn interfaces(function: &Function<'_>) -> Vec<String> {
     let names = function.host.names(function.file("net")).into_iter();
-    names.filter(|name| function.text(&format!("net/{name}/operstate")) == "up").collect()
+    // Up by will, whether or not a cable is in it (include/uapi/linux/if.h).
+    const IFF_UP: u32 = 1;
+    let up = |name: &String| function.host.hex(function.file(&format!("net/{name}/flags"))) & IFF_UP != 0;
+    names.filter(up).collect()
 }
 
 fn join(names: &[String]) -> String {
