@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`virtio`] | a guest's kernel: PCI configuration, BARs, MSI-X table, rings and buffers of each device |
 //! | [`ports`] | a guest's kernel: bus numbers, windows, resets and slots of ports and what is below them |
+//! | [`passthrough`] | a passed-through device: configuration space; a guest's kernel: its BARs, messages and resets |
 //! | [`guest`] | a guest's init: the messages to the agent; the serial port |
 //! | [`image`] | whoever made an image: kernels, OCI documents, layers, datasets |
 //! | [`document`] | callers: machine and job descriptions |
@@ -15,6 +16,7 @@ pub mod document;
 pub mod guest;
 pub mod image;
 mod input;
+pub mod passthrough;
 pub mod ports;
 pub mod virtio;
 
@@ -28,13 +30,16 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 17] = [
     Target { name: "virtio_block", run: virtio::block },
     Target { name: "virtio_console", run: virtio::console },
     Target { name: "virtio_rng", run: virtio::rng },
     Target { name: "virtio_vsock", run: virtio::vsock },
     Target { name: "pci_config", run: virtio::pci_config },
     Target { name: "pci_ports", run: ports::pci_ports },
+    Target { name: "device_capabilities", run: passthrough::device_capabilities },
+    Target { name: "passthrough_config", run: passthrough::hostile_device },
+    Target { name: "passthrough_bars", run: passthrough::hostile_guest },
     Target { name: "guest_messages", run: guest::messages },
     Target { name: "serial_port", run: guest::serial_port },
     Target { name: "kernel_image", run: image::kernel },

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::config::VirtualConfig;
 use super::dma::Dma;
 use super::function::{FunctionParts, HostFunction, ROM_REGION, Region};
 use super::interrupts::{InterruptCounters, Interrupts};
-use super::kernel::KernelFunction;
 use super::mapping::Mapping;
 use crate::hypervisor::PassthroughHypervisor;
 use crate::pci::PciDevice;
@@ -97,16 +97,17 @@ impl VfioPci {
     }
 
     /// Maps the parts of its BARs that the kernel offers, but for the pages with MSI-X table and pending bits.
+    /// `region_offset` tells where a region begins in `file`.
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn map_bars(&mut self, kernel: &KernelFunction) -> io::Result<()> {
+    pub fn map_bars(&mut self, file: BorrowedFd<'_>, region_offset: impl Fn(u8) -> u64) -> io::Result<()> {
         for bar in &mut self.bars {
             let Some(region) = self.regions.iter().find(|region| region.index == bar.index) else { continue };
             let trapped = trapped_pages(&self.interrupts, bar.index);
             for range in region.mappable.iter().flat_map(|range| without(range.clone(), &trapped)) {
-                let offset = kernel.region_offset(bar.index) + range.start;
-                let mapping = Mapping::new(kernel.file(), offset, range.end - range.start)?;
+                let offset = region_offset(bar.index) + range.start;
+                let mapping = Mapping::new(file, offset, range.end - range.start)?;
                 bar.areas.push(Area { offset: range.start, mapping, slot: None, peer: None });
             }
         }
@@ -310,7 +311,7 @@ fn trapped_pages(interrupts: &Interrupts, bar: u8) -> Vec<Range<u64>> {
 
 /// `range` without `holes`.
 fn without(range: Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut parts = vec![range];
+    let mut parts: Vec<_> = std::iter::once(range).filter(|range| !range.is_empty()).collect();
     for hole in holes {
         let cut =
             |part: Range<u64>| [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end];

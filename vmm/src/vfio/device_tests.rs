@@ -151,10 +151,7 @@ fn mapped_parts_follow_the_bar() {
     let mut guest = guest();
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 16).unwrap();
-    for range in [0..0x2000_u64, 0x4000..0x1_0000] {
-        let mapping = Mapping::new(file.as_fd(), range.start, range.end - range.start).unwrap();
-        guest.device.bars[0].areas.push(Area { offset: range.start, mapping, slot: None, peer: None });
-    }
+    guest.device.map_bars(file.as_fd(), |_| 0).unwrap();
     let slots = |guest: &Guest| lock(&guest.hypervisor.slots).values().copied().collect::<Vec<_>>();
     guest.device.bar_moved(0, Some(0x1_0000_0000));
     assert_eq!(slots(&guest), [(0x1_0000_0000, 0x2000), (0x1_0000_4000, 0xc000)]);

@@ -166,7 +166,8 @@ impl Opened {
             .map_err(|source| VfioError::Config { address: host.address, source })?;
         self.times.open += start.elapsed();
         let start = Instant::now();
-        pci.map_bars(&kernel).map_err(VfioError::kernel(format!("mapping the BARs of {}", host.address)))?;
+        pci.map_bars(kernel.file(), |region| kernel.region_offset(region))
+            .map_err(VfioError::kernel(format!("mapping the BARs of {}", host.address)))?;
         self.times.bar_map += start.elapsed();
         let interrupts = pci.interrupt_counters();
         let pci = Arc::new(Mutex::new(pci));
