@@ -159,7 +159,7 @@ impl PassthroughHypervisor for Slots {
         let mut slots = lock(&self.slots);
         let overlaps =
             slots.range(..guest + size).next_back().is_some_and(|(at, (size, _))| at + size > guest);
-        assert!(!overlaps && guest % 4096 == 0 && size % 4096 == 0, "a slot at {guest:#x}");
+        assert!(!overlaps && guest.is_multiple_of(4096) && size.is_multiple_of(4096), "a slot at {guest:#x}");
         let mut next = lock(&self.next);
         *next += 1;
         slots.insert(guest, (size, *next));
