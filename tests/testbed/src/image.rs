@@ -115,10 +115,13 @@ pub(crate) fn kernel(base: &Path, host: &HostDescription) -> Result<PathBuf, Ima
     }
     Ok(match host.kernel_flavour {
         KernelFlavour::Debian => base.join("vmlinux"),
-        KernelFlavour::Iommufd => {
-            build(&repository().join("images/kernel/build"), &["host"])?.join("vmlinux")
-        }
+        KernelFlavour::Iommufd => built_kernel()?.join("vmlinux"),
     })
+}
+
+/// The directory that images/kernel/build prints for hosts.
+fn built_kernel() -> Result<PathBuf, ImageError> {
+    build(&repository().join("images/kernel/build"), &["host"])
 }
 
 /// Writes the whole initramfs of a host to `to`.
@@ -127,7 +130,14 @@ pub(crate) fn write_initramfs(base: &Path, host: &HostDescription, to: &Path) ->
     let mut files = host.files.clone();
     files.push(HostFile { local: init, remote: "/init".into() });
     if let Some(modules) = &host.modules {
-        list_modules(modules, modules, &mut files)?;
+        let release = modules.file_name().unwrap_or_default().to_string_lossy();
+        list_modules(&release, modules, modules, &mut files)?;
+    } else if host.kernel.is_none() && host.kernel_flavour == KernelFlavour::Iommufd {
+        let built = built_kernel()?;
+        let release = built.join("release");
+        let release = fs::read_to_string(&release).map_err(|e| file_error(&release, e))?;
+        let modules = built.join("modules");
+        list_modules(release.trim(), &modules, &modules, &mut files)?;
     }
     fs::copy(base.join("base.cpio"), to).map_err(|source| file_error(to, source))?;
     append_archive(&files, to)
@@ -138,12 +148,16 @@ fn file_error(path: &Path, source: io::Error) -> ImageError {
 }
 
 /// Every file below a module directory, with its place in the host.
-fn list_modules(top: &Path, directory: &Path, files: &mut Vec<HostFile>) -> Result<(), ImageError> {
-    let release = top.file_name().unwrap_or_default().to_string_lossy();
+fn list_modules(
+    release: &str,
+    top: &Path,
+    directory: &Path,
+    files: &mut Vec<HostFile>,
+) -> Result<(), ImageError> {
     for entry in fs::read_dir(directory).map_err(|e| file_error(directory, e))? {
         let path = entry.map_err(|e| file_error(directory, e))?.path();
         if path.is_dir() {
-            list_modules(top, &path, files)?;
+            list_modules(release, top, &path, files)?;
         } else if let Ok(inside) = path.strip_prefix(top) {
             let remote = format!("/lib/modules/{release}/{}", inside.display());
             files.push(HostFile { local: path, remote });
