@@ -28,7 +28,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages; raised with every change that an older peer would misread.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The host's vsock port that guests connect to.
 pub const AGENT_PORT: u32 = 1024;

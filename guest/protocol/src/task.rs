@@ -33,6 +33,9 @@ pub struct TaskSpec {
     pub limits: Limits,
     /// Seconds between SIGTERM and SIGKILL when the guest is told to stop by its power button.
     pub grace_seconds: u32,
+    /// The machine has devices for the task to drive: it may load their kernel modules, make their device nodes and
+    /// write to `/sys`. What that lets it break is its own machine.
+    pub drives_devices: bool,
 }
 
 /// Where a filesystem comes from.

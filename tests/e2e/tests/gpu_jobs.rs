@@ -2,35 +2,33 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use lathe_api::job::JobState;
 use lathe_e2e::artefacts;
 use lathe_e2e::cluster::{Cluster, Options};
 use lathe_testbed::{Device, DeviceKind};
 
-/// What runs in the guest: finds the display, says where it sits, whether its memory holds anything, and fills it.
-const TENANT: &str = r#"
-import glob, mmap, os
-found = [d for d in glob.glob("/sys/bus/pci/devices/*") if open(d + "/class").read().startswith("0x03")]
-for device in found:
-    path = os.path.realpath(device).split("/")
-    above = "/sys/bus/pci/devices/" + path[-2]
-    kind = open(above + "/class").read().strip()
-    print("gpu", path[-1], "below", path[-2], kind)
-    open(device + "/enable", "w").write("1")
-    file = os.open(device + "/resource0", os.O_RDWR | os.O_SYNC)
-    size = os.fstat(file).st_size
-    memory = mmap.mmap(file, size)
-    print("memory", size, "zero" if not any(memory[i] for i in range(0, size, 4093)) else "NOT ZERO")
-    memory[0:size] = b"\xa5" * size
-    print("wrote", sum(memory[i] == 0xa5 for i in range(0, size, 65536)))
-print("gpus", len(found), os.environ.get("LATHE_GPU_COUNT"))
-"#;
+/// An image whose program finds the display, says where it sits, whether its memory holds anything, and fills it.
+/// Its user is root: the program stands for a driver.
+fn image(directory: &Path) -> PathBuf {
+    let root = directory.join("root");
+    for mount_point in ["dev", "etc", "proc", "sys", "run", "tmp"] {
+        fs::create_dir_all(root.join(mount_point)).unwrap();
+    }
+    fs::copy(artefacts::binary("device-test").unwrap(), root.join("device-test")).unwrap();
+    let output = directory.join("device-test.tar");
+    let (root, archive) = (root.to_str().unwrap(), output.to_str().unwrap());
+    let args = ["--name", "device-test", "--root", root, "--output", archive, "--entrypoint", "/device-test"];
+    artefacts::built("oci/pack", &args).unwrap();
+    output
+}
 
-fn spec(gpus: u32) -> String {
-    let script = TENANT.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+fn spec(actions: &str) -> String {
     format!(
-        "name = \"tenant\"\nclass = \"microvm\"\nimage = \"python-ml\"\nentrypoint = [\"python3\", \"-c\", \"{script}\"]\n\
-         [resources]\ncpus = 1\nmemory = \"512 MiB\"\ngpus = {gpus}\n"
+        "name = \"tenant\"\nclass = \"microvm\"\nimage = \"device-test\"\nargs = [\"{actions}\"]\n\
+         [resources]\ncpus = 1\nmemory = \"512 MiB\"\ngpus = 1\n"
     )
 }
 
@@ -42,12 +40,12 @@ fn each_tenant_finds_the_gpu_below_a_root_port_and_nothing_of_the_one_before() {
     let driver = || host.shell("basename $(readlink /sys/bus/pci/devices/0000:01:00.0/driver) 2>&1").unwrap();
     host.shell("modprobe bochs").unwrap();
     let before = driver();
-    let image = artefacts::python_ml_image().unwrap();
-    let added = cluster.lathe(["image", "add", "python-ml", image.to_str().unwrap()]).unwrap();
+    let image = image(cluster.scratch());
+    let added = cluster.lathe(["image", "add", "device-test", image.to_str().unwrap()]).unwrap();
     assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
     for tenant in ["first", "second"] {
         let file = cluster.scratch().join(format!("{tenant}.toml"));
-        std::fs::write(&file, spec(1)).unwrap();
+        fs::write(&file, spec("tree,vram-zero,vram-fill,vram-check")).unwrap();
         let (job, logs) = cluster.run(&file, &[]).unwrap();
         assert_eq!(job.state, JobState::Succeeded, "{tenant}: {job:?}\n{logs}");
         for line in

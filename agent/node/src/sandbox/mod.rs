@@ -100,6 +100,7 @@ pub fn task(spec: &SandboxSpec, config: &RunConfig, subnet: Subnet) -> Result<Ta
         rank: spec.rank,
         limits: Limits { memory: 0, pids: MAX_PIDS, open_files: 65_536 },
         grace_seconds: spec.grace_seconds,
+        drives_devices: spec.resources.gpus > 0,
     };
     if fits_frame(&task) { Ok(task) } else { Err(SpecError::TooLong) }
 }

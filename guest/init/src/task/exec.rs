@@ -71,7 +71,7 @@ fn prepare_and_execute(spec: &TaskSpec, streams: &Streams) -> Result<(), ExecErr
     setsid().map_err(step("session"))?;
     fs::write("/proc/self/oom_score_adj", "0").map_err(step("oom_score_adj"))?;
     privileges::set_resource_limits(&spec.limits).map_err(step("resource limits"))?;
-    privileges::drop_to(&identity).map_err(step("privileges"))?;
+    privileges::drop_to(&identity, spec.drives_devices).map_err(step("privileges"))?;
     // As the user, who may not be allowed in.
     chdir(dir).map_err(|errno| at_dir(errno.into()))?;
     execute(&spec.argv, &environment)

@@ -30,6 +30,19 @@ const KEPT: [u32; 11] = [
     31, // SETFCAP
 ];
 
+/// What a task that drives devices keeps besides, for loading a driver and reaching what it drives.
+const KEPT_FOR_DEVICES: [u32; 3] = [
+    16, // SYS_MODULE
+    17, // SYS_RAWIO
+    27, // MKNOD
+];
+
+/// The capabilities that a task as root keeps.
+fn kept(drives_devices: bool) -> Vec<u32> {
+    let more: &[u32] = if drives_devices { &KEPT_FOR_DEVICES } else { &[] };
+    KEPT.iter().chain(more).copied().collect()
+}
+
 /// Applies the limits that are per process.
 pub fn set_resource_limits(limits: &Limits) -> Result<(), Errno> {
     let files = if limits.open_files == 0 { DEFAULT_OPEN_FILES } else { limits.open_files };
@@ -38,17 +51,18 @@ pub fn set_resource_limits(limits: &Limits) -> Result<(), Errno> {
     setrlimit(Resource::RLIMIT_CORE, 0, libc::RLIM_INFINITY)
 }
 
-/// Becomes `identity` with what [`KEPT`] leaves, for good: also across an exec of a setuid program.
-pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
+/// Becomes `identity` with what [`kept`] leaves, for good: also across an exec of a setuid program.
+pub fn drop_to(identity: &Identity, drives_devices: bool) -> Result<(), Errno> {
+    let kept = kept(drives_devices);
     // The bounding set goes first: dropping from it needs SETPCAP, which a user has not.
-    drop_bounding_set()?;
+    drop_bounding_set(&kept)?;
     let groups: Vec<_> = identity.groups.iter().copied().map(Gid::from_raw).collect();
     setgroups(&groups)?;
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     if uid.is_root() {
-        set_capabilities(mask(&KEPT))?;
+        set_capabilities(mask(&kept))?;
     }
     set_no_new_privs()
 }
@@ -58,8 +72,8 @@ fn mask(capabilities: &[u32]) -> u64 {
     capabilities.iter().fold(0, |mask, capability| mask | 1 << capability)
 }
 
-fn drop_bounding_set() -> Result<(), Errno> {
-    for capability in (0..64).filter(|capability| !KEPT.contains(capability)) {
+fn drop_bounding_set(kept: &[u32]) -> Result<(), Errno> {
+    for capability in (0..64).filter(|capability| !kept.contains(capability)) {
         // SAFETY: this prctl takes an integer and touches no memory of ours.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
         match Errno::result(result) {
@@ -108,7 +122,7 @@ mod tests {
         // DAC_READ_SEARCH, NET_ADMIN, NET_RAW, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_ADMIN,
         // SYS_BOOT, SYS_TIME, MKNOD, BPF
         for capability in [2, 12, 13, 16, 17, 19, 21, 22, 25, 27, 39] {
-            assert_eq!(mask(&KEPT) & (1 << capability), 0, "capability {capability}");
+            assert_eq!(mask(&kept(false)) & (1 << capability), 0, "capability {capability}");
         }
     }
 }

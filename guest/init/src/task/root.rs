@@ -122,7 +122,10 @@ pub fn enter(spec: &TaskSpec) -> Result<(), RootError> {
     mount_at("private", None, "/", MsFlags::MS_REC | MsFlags::MS_PRIVATE, None, "/")?;
     let tree = Tree::open(&mount_overlay(spec)?)?;
     for pseudo in &PSEUDO {
-        tree.mount(pseudo.fs, None, pseudo.target, pseudo.flags, pseudo.data)?;
+        // Drivers are bound and devices turned on through sysfs.
+        let writable = spec.drives_devices && pseudo.fs == "sysfs";
+        let flags = if writable { pseudo.flags - MsFlags::MS_RDONLY } else { pseudo.flags };
+        tree.mount(pseudo.fs, None, pseudo.target, flags, pseudo.data)?;
     }
     fill_dev(&tree)?;
     restrict(&tree)?;

@@ -10,7 +10,8 @@
 //! BYTES are those that were looked at. All of it is, up to 64 MiB; of more, one page in every `stride` bytes,
 //! by default so that 1024 pages are: who wants each byte of 16 GiB asks for `stride=4096`.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 
 use crate::Failure;
 use crate::direct::Random;
@@ -22,6 +23,9 @@ use crate::sysfs::{self, Device};
 const DISPLAY: u32 = 0x03;
 /// ivshmem: shared memory as a BAR.
 const IVSHMEM: (u16, u16) = (0x1af4, 0x1110);
+/// The command register, and its bit for memory decoding (PCIe 6.0 §7.5.1.1.3).
+const COMMAND: u64 = 4;
+const COMMAND_MEMORY: u16 = 2;
 /// What is looked at whole.
 const SMALL: usize = 64 << 20;
 /// Pages looked at of what is larger.
@@ -80,9 +84,13 @@ impl Vram {
         })?;
         let (region, size) = largest_region(&device)?;
         println!("vram_size {} {size}", device.address);
-        // Lets the device decode its addresses; a driver has done so already.
+        // Lets the device decode its addresses; a driver has done so already. Not through `enable`, which takes
+        // a capability that tasks lack.
         if fs::read_to_string(device.path.join("enable")).is_ok_and(|count| count.trim() == "0") {
-            device.set("enable", "1")?;
+            let config = device.path.join("config");
+            let failed = || Failure::at(format!("writing {}", config.display()));
+            let file = File::options().write(true).open(&config).map_err(failed())?;
+            file.write_all_at(&COMMAND_MEMORY.to_le_bytes(), COMMAND).map_err(failed())?;
         }
         let path = device.path.join(format!("resource{region}"));
         let mapping =
