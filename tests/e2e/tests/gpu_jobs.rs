@@ -48,9 +48,9 @@ fn each_tenant_finds_the_gpu_below_a_root_port_and_nothing_of_the_one_before() {
         fs::write(&file, spec("tree,vram-zero,vram-fill,vram-check")).unwrap();
         let (job, logs) = cluster.run(&file, &[]).unwrap();
         assert_eq!(job.state, JobState::Succeeded, "{tenant}: {job:?}\n{logs}");
-        for line in
-            ["gpu 0000:01:00.0 below 0000:00:10.0 0x060400", "memory 16777216 zero", "wrote 256", "gpus 1 1"]
-        {
+        let place = ["0000:00:10.0 1b36:000c 060400 [01-01]", "0000:01:00.0 1234:1111 038000"];
+        let memory = ["vram_size 0000:01:00.0 16777216", "vram_zero yes", "vram_intact 16777216"];
+        for line in place.into_iter().chain(memory) {
             assert!(logs.contains(line), "{tenant}: no {line:?} in\n{logs}");
         }
         cluster.settled_census(host).unwrap();
