@@ -25,10 +25,6 @@ pub const ARCHITECTURES: [(&str, &[(u16, u16)]); 6] = [
     ("Ada Lovelace", &[(0x2680, 0x28ff)]),
 ];
 
-/// Where the capability goes, if the place is free: the first offset, or on GPUs that have MSI-X there the second.
-/// The capability takes eight bytes.
-pub const CAPABILITY_OFFSETS: [u8; 2] = [0xc8, 0xd4];
-
 /// The capability for `clique`, 0 to 15, with the end of the list as its next pointer.
 pub fn capability(clique: u8) -> [u8; 8] {
     const VENDOR_SPECIFIC: u8 = 0x09;

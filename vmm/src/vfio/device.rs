@@ -11,8 +11,8 @@ use super::function::{FunctionParts, HostFunction, ROM_REGION, Region};
 use super::interrupts::{InterruptCounters, Interrupts};
 use super::mapping::Mapping;
 use crate::hypervisor::PassthroughHypervisor;
-use crate::pci::PciDevice;
 use crate::pci::config::{Bar, ConfigError, ConfigSpace, ROM_BAR};
+use crate::pci::{PciDevice, gpudirect};
 
 const PAGE: u64 = 4096;
 const COMMAND: u16 = 0x04;
@@ -132,9 +132,8 @@ impl VfioPci {
 
     /// Shows NVIDIA's driver which GPUs reach each other's memory. Returns whether there was room.
     pub fn show_clique(&mut self, clique: u8) -> bool {
-        // The capability's length, the signature, and version 0 with the clique in bits 3 to 6: the layout
-        // that NVIDIA published for hypervisors and that its driver looks for in guests.
-        let body = [8, b'P', b'2', b'P', clique << 3, 0];
+        // The list's ID and link are written along with the place.
+        let [_, _, body @ ..] = gpudirect::capability(clique);
         self.config.insert_vendor_capability(&*self.function, &body).is_some()
     }
 
