@@ -5,6 +5,7 @@
 //! - [`leftovers`]: what a host holds (processes, taps, cgroups, mounts, ...), to be counted before
 //!   and after.
 //! - [`report`] and [`nist`]: what jobs print, and what they should.
+//! - [`passthrough`]: machines with passed-through devices, without a cluster.
 //! - [`this_machine`]: what the demo does where nothing has to be emulated.
 //! - [`tiny_guest`]: a guest of a few bytes.
 //!
@@ -16,6 +17,7 @@ pub mod artefacts;
 pub mod cluster;
 pub mod leftovers;
 pub mod nist;
+pub mod passthrough;
 pub mod report;
 pub mod this_machine;
 pub mod tiny_guest;

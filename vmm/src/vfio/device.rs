@@ -28,6 +28,8 @@ pub struct VfioPci {
     bars: Vec<MappedBar>,
     /// Present once guest memory is mapped; BARs placed from then on are reached by peers as well.
     dma: Option<Arc<Dma>>,
+    /// It was said that a reset failed: a guest asks as often as it likes, and is not to fill the host's log.
+    reset_failed: bool,
 }
 
 /// A BAR with the parts of it that the guest reaches without an exit.
@@ -79,6 +81,7 @@ impl VfioPci {
                 .map(|bar| MappedBar { index: bar.index, address: None, areas: vec![] })
                 .collect(),
             dma: None,
+            reset_failed: false,
         };
         device.turn_on_decoding();
         Ok(device)
@@ -147,11 +150,19 @@ impl VfioPci {
         }
     }
 
-    /// A function-level reset asked for by the guest. If it fails the guest finds the function as it was.
+    /// A reset asked for by the guest, of the function or of its bus. If it fails, as it does where the function
+    /// alone cannot be reset, its configuration is as after a reset and the rest as it was.
     fn reset(&mut self) {
         self.interrupts.stop();
-        if let Err(error) = self.function.reset() {
-            crate::notice(format_args!("a function-level reset asked for by the guest failed: {error}"));
+        if let Err(error) = self.function.reset()
+            && !std::mem::replace(&mut self.reset_failed, true)
+        {
+            let mut ids = [0; 4];
+            self.function.read_config(0, &mut ids);
+            let [vendor, device] = [[ids[0], ids[1]], [ids[2], ids[3]]].map(u16::from_le_bytes);
+            crate::notice(format_args!(
+                "the guest asked device {vendor:04x}:{device:04x} for a reset, which failed: {error}; said once"
+            ));
         }
         self.config.reset();
         self.turn_on_decoding();

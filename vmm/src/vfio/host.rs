@@ -10,6 +10,17 @@ const DEVICES: &str = "/sys/bus/pci/devices";
 const VFIO_DRIVER: &str = "vfio-pci";
 /// Base class of bridges.
 const BRIDGE: u32 = 0x06;
+/// Drivers that do no DMA of their own: the kernel lets them keep members of a group that is passed through
+/// (`driver_managed_dma`).
+const HARMLESS_DRIVERS: [&str; 3] = [VFIO_DRIVER, "pci-stub", "pcieport"];
+
+/// A member of a group that is the host's.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Foreign {
+    address: String,
+    driver: String,
+    bridge: bool,
+}
 
 /// A function that is bound to `vfio-pci`, as is all of its IOMMU group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,10 +76,12 @@ impl HostDevice {
         }
         let others = foreign_members(&path, address);
         if !others.is_empty() {
+            let names: Vec<String> =
+                others.iter().map(|it| format!("{} (driver {})", it.address, it.driver)).collect();
             return Err(refused(format!(
-                "shares IOMMU group {group} with {}, which the host uses; bind all of the group to \
-                 {VFIO_DRIVER}, or move the card to a slot of its own",
-                others.join(" and ")
+                "shares IOMMU group {group} with {}, which the host uses; {}",
+                names.join(" and "),
+                advice(&others)
             )));
         }
         let id = |name: &str| number(&path.join(name)).unwrap_or(0) as u16;
@@ -77,21 +90,35 @@ impl HostDevice {
     }
 }
 
-/// Members of the group that a driver of the host's has: neither bridges nor bound to vfio-pci.
-fn foreign_members(path: &Path, address: HostPciAddress) -> Vec<String> {
+/// Members of the group that a driver of the host's has. The kernel lets those of [`HARMLESS_DRIVERS`] stay, on
+/// bridges too: one with `shpchp` (a bridge to conventional PCI with hotplug) keeps the group the host's.
+fn foreign_members(path: &Path, address: HostPciAddress) -> Vec<Foreign> {
     let Ok(entries) = fs::read_dir(path.join("iommu_group/devices")) else { return Vec::new() };
-    let mut foreign: Vec<String> = entries
+    let mut foreign: Vec<Foreign> = entries
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy() != address.to_string())
-        .filter(|entry| number(&entry.path().join("class")).is_none_or(|class| class >> 16 != BRIDGE))
         .filter_map(|entry| {
             let driver = link_name(&entry.path().join("driver"))?;
-            let ours = driver == VFIO_DRIVER || driver == "pci-stub";
-            (!ours).then(|| format!("{} (driver {driver})", entry.file_name().to_string_lossy()))
+            let bridge = number(&entry.path().join("class")).is_some_and(|class| class >> 16 == BRIDGE);
+            let address = entry.file_name().to_string_lossy().into_owned();
+            (!HARMLESS_DRIVERS.contains(&driver.as_str())).then_some(Foreign { address, driver, bridge })
         })
         .collect();
     foreign.sort();
     foreign
+}
+
+/// What to do so that the host uses none of them.
+fn advice(foreign: &[Foreign]) -> String {
+    let unbind = |member: &Foreign| {
+        let Foreign { address, driver, .. } = member;
+        format!("take the driver from the bridge: echo {address} > /sys/bus/pci/drivers/{driver}/unbind")
+    };
+    let mut steps: Vec<String> = foreign.iter().filter(|member| member.bridge).map(unbind).collect();
+    if foreign.iter().any(|member| !member.bridge) {
+        steps.push(format!("bind all other devices of the group to {VFIO_DRIVER}"));
+    }
+    format!("{}, or move the card to a slot of its own", steps.join(", "))
 }
 
 fn link_name(path: &Path) -> Option<String> {
@@ -143,6 +170,8 @@ mod tests {
         host.add("0000:05:01.0", "00ff00", Some(7), Some("vfio-pci"));
         host.add("0000:05:02.0", "020000", Some(7), Some("e1000e"));
         host.add("0000:05:00.0", "060400", Some(7), Some("pcieport"));
+        host.add("0000:06:00.0", "060400", Some(8), Some("shpchp"));
+        host.add("0000:07:01.0", "00ff00", Some(8), Some("vfio-pci"));
         let found = host.find("0000:01:00.0").unwrap();
         assert_eq!((found.group, found.class), (4, 0x03_00_00));
         for (address, words) in [
@@ -150,7 +179,15 @@ mod tests {
             ("0000:02:00.0", "is bound to the driver nvme, not to vfio-pci; bind it first"),
             ("0000:03:00.0", "is a bridge (class 060400)"),
             ("0000:04:00.0", "has no IOMMU group; turn on VT-d or AMD-Vi"),
-            ("0000:05:01.0", "shares IOMMU group 7 with 0000:05:02.0 (driver e1000e), which the host uses"),
+            (
+                "0000:05:01.0",
+                "shares IOMMU group 7 with 0000:05:02.0 (driver e1000e), which the host uses; bind all other",
+            ),
+            (
+                "0000:07:01.0",
+                "shares IOMMU group 8 with 0000:06:00.0 (driver shpchp), which the host uses; take the driver from \
+                 the bridge: echo 0000:06:00.0 > /sys/bus/pci/drivers/shpchp/unbind, or move",
+            ),
         ] {
             let message = host.find(address).unwrap_err();
             assert!(message.contains(words), "{message}");

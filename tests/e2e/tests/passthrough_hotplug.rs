@@ -1,0 +1,217 @@
+//! Devices that come to a machine and go from it while its guest uses them, and requests that cannot be met: each
+//! is answered with one line, and the host is as before.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+
+use lathe_e2e::leftovers;
+use lathe_e2e::passthrough::{self, Machine, Running, bind, pinned_pages, unbind};
+use lathe_e2e::wait::{PATIENCE, until};
+use lathe_testbed::{Bed, Device, DeviceKind, Host, Output, Status};
+use serde_json::json;
+
+/// Below a switch.
+const EDU: &str = "0000:03:00.0";
+/// In a slot of its own.
+const LOOSE: &str = "0000:04:00.0";
+/// One IOMMU group: a bridge to a conventional bus, a device without a reset of its own, and a network card.
+const BRIDGE: &str = "0000:05:00.0";
+const SHARING: &str = "0000:06:01.0";
+const CARD: &str = "0000:06:02.0";
+
+/// On the root complex itself.
+const NO_RESET: &str = "0000:00:10.0";
+
+const ROUNDS: usize = 10;
+
+fn host(bed: &Bed) -> Host {
+    let description = passthrough::host()
+        .unwrap()
+        .device(Device::root_port(Device::switch([DeviceKind::Edu.into()])))
+        .device(Device::root_port(DeviceKind::Edu.into()))
+        .device(Device::root_port(Device::pci_bridge([DeviceKind::Edu.into(), DeviceKind::E1000e.into()])))
+        .device(Device::from(DeviceKind::Edu).property("addr", "0x10"));
+    bed.boot(description).unwrap()
+}
+
+#[test]
+fn devices_come_and_go_and_mistakes_change_nothing() {
+    let bed = Bed::new().unwrap();
+    let host = host(&bed);
+    let before = (leftovers::census(&host).unwrap(), pinned_pages(&host).unwrap());
+
+    mistakes_in_a_description(&host);
+    one_group(&host);
+    plugged_and_unplugged(&host);
+    torn_out_of_the_host(&host);
+
+    let left = leftovers::new_since(&before.0, &leftovers::census(&host).unwrap());
+    assert_eq!((left, pinned_pages(&host).unwrap()), (Vec::new(), before.1));
+}
+
+/// The driver of each function, to be compared.
+fn drivers(host: &Host) -> BTreeMap<String, String> {
+    let script = "for d in /sys/bus/pci/devices/*; do
+        echo ${d##*/} $(basename $(readlink $d/driver) 2>/dev/null)
+    done";
+    let text = host.shell(script).unwrap();
+    text.lines().filter_map(|line| line.split_once(' ')).map(|(a, d)| (a.into(), d.into())).collect()
+}
+
+/// Ended before a guest ran, with one line that has all of these words.
+fn assert_refused(host: &Host, machine: &Machine, words: &[&str]) {
+    let before = drivers(host);
+    let ended = machine.run(host).unwrap();
+    assert_one_line(&ended.stderr(), words);
+    assert_eq!((ended.0.status, ended.text().as_str()), (Status::Exited(2), ""));
+    assert_eq!(drivers(host), before);
+}
+
+fn mistakes_in_a_description(host: &Host) {
+    let refused = |devices: &[&str], words: &[&str]| {
+        assert_refused(host, &Machine::new("tree", devices), &[&["passthrough["], words].concat());
+    };
+    refused(&["0000:99:00.0"], &["[0].address: 0000:99:00.0", "no such PCI function"]);
+    refused(&[BRIDGE], &[BRIDGE, "is a bridge"]);
+    refused(&[EDU], &[EDU, "is bound to no driver", "driver_override"]);
+    bind(host, &[EDU, LOOSE]).unwrap();
+    refused(&[EDU, CARD], &["[1].address", CARD, "is bound to the driver e1000e"]);
+    refused(&[EDU, EDU], &[EDU]);
+    // On the root bus, which cannot be reset.
+    bind(host, &[NO_RESET]).unwrap();
+    let words = [NO_RESET, "cannot be reset: it has no reset of its own"];
+    assert_refused(host, &Machine::new("tree", &[NO_RESET]), &words);
+    bind(host, &[SHARING]).unwrap();
+    refused(&[SHARING], &[SHARING, "shares IOMMU group", CARD, "(driver e1000e)"]);
+    let iommufd = Machine::new("tree", &[EDU]).backend("iommufd");
+    assert_refused(host, &iommufd, &["vfio.backend", "CONFIG_IOMMUFD", "use container"]);
+}
+
+/// Devices of one group are one machine's. One that has no reset of its own is reset by its bus, which takes its
+/// neighbour along: not while that is in use.
+fn one_group(host: &Host) {
+    bind(host, &[CARD]).unwrap();
+    let both = Machine::new("tree,edu", &[SHARING, CARD]);
+    // A driver of the host's on the bridge keeps the group as well.
+    let words = [SHARING, "shares IOMMU group", BRIDGE, "(driver shpchp)", "take the driver from the bridge"];
+    assert_refused(host, &both, &words);
+    unbind(host, BRIDGE).unwrap();
+    let ended = both.check(host).unwrap();
+    assert_eq!(ended.lines("edu_factorial").len(), 3);
+    insta::assert_snapshot!("tree_of_one_group", ended.lines("tree").join("\n"));
+
+    let machine = Machine::new("edu-loop lathe.rounds=1", &[CARD]).with("hotplug_slots", json!(1));
+    let mut running = machine.start(host).unwrap();
+    until("the machine runs", PATIENCE, || Ok((running.devices()?.len() == 1).then_some(()))).unwrap();
+    let answer = ["0000:06:01.0: cannot be reset", "its bus has functions"];
+    assert_answer(&running.device("plug", &[SHARING]).unwrap(), &answer);
+    assert_eq!(running.devices().unwrap().len(), 1);
+    host.check(["lathe", "vm", "control", "kill", passthrough::SOCKET]).unwrap();
+    assert_eq!(running.process.wait(PATIENCE).unwrap(), Some(Status::Exited(12)));
+}
+
+/// Answered with one line with all of these words, and another exit status than 0.
+fn assert_answer(output: &Output, words: &[&str]) {
+    assert!(!output.status.success(), "{}", output.text());
+    assert_one_line(String::from_utf8_lossy(&output.stderr).trim(), words);
+}
+
+fn assert_one_line(text: &str, words: &[&str]) {
+    assert_eq!(text.lines().count(), 1, "{text}");
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in: {text}");
+    }
+}
+
+fn assert_done(output: &Output) {
+    assert!(output.status.success(), "{}{}", output.text(), String::from_utf8_lossy(&output.stderr));
+}
+
+fn plugged_and_unplugged(host: &Host) {
+    // One round more: the last device is taken away without asking.
+    let machine =
+        Machine::new(&format!("edu-loop lathe.rounds={}", ROUNDS + 1), &[]).with("hotplug_slots", json!(1));
+    let mut running = machine.start(host).unwrap();
+    let mut held = Vec::new();
+    for round in 1..=ROUNDS {
+        plug(&running, round);
+        if round == 1 {
+            mistakes_while_it_runs(host, &running);
+        }
+        assert_done(&running.device("unplug", &["edu"]).unwrap());
+        running.wait_for_devices(0).unwrap();
+        running.wait_for("unplugged", round).unwrap();
+        held.push(running.held().unwrap());
+    }
+    // What is made once is there after the second round.
+    assert_eq!(held[1], held[ROUNDS - 1], "{held:#?}");
+
+    plug(&running, ROUNDS + 1);
+    assert_done(&running.device("unplug", &["edu", "--surprise"]).unwrap());
+    assert!(running.devices().unwrap().is_empty());
+    assert_eq!(
+        running.process.wait(PATIENCE).unwrap(),
+        Some(Status::Exited(0)),
+        "{}",
+        running.text().unwrap()
+    );
+    let text = running.text().unwrap();
+    assert!(text.contains("DEVICES-DONE"), "{text}");
+}
+
+fn plug(running: &Running, round: usize) {
+    let output = running.device("plug", &[EDU, "--id", "edu"]).unwrap();
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stderr),
+        running.text().unwrap()
+    );
+    // Data went through its engine, and does until it goes.
+    running.wait_for("plugged", round).unwrap();
+}
+
+fn mistakes_while_it_runs(host: &Host, running: &Running) {
+    let devices = running.devices().unwrap();
+    let (id, address) = (&devices[0]["id"], &devices[0]["address"]);
+    assert_eq!((id, address), (&json!("edu"), &json!(EDU)));
+    for (words, answer) in [
+        (&[LOOSE, "--id", "edu"][..], &["\"edu\"", "is there already"][..]),
+        (&[LOOSE], &["no free hotplug slot", "hotplug_slots: 1"]),
+    ] {
+        assert_answer(&running.device("plug", words).unwrap(), answer);
+    }
+    assert_answer(&running.device("unplug", &["nobody"]).unwrap(), &["\"nobody\"", "is not the ID"]);
+    assert_eq!(running.devices().unwrap(), devices);
+    let other = Machine::new("tree", &[EDU]);
+    assert_refused(host, &other, &[EDU, "is in use by another process"]);
+}
+
+/// A card that somebody pulls out of the host: the guest sees the same, and goes on.
+fn torn_out_of_the_host(host: &Host) {
+    let machine = Machine::new("edu-loop lathe.rounds=2", &[LOOSE]).with("hotplug_slots", json!(1));
+    let mut running = machine.start(host).unwrap();
+    running.wait_for("plugged", 1).unwrap();
+    host.tear_out(LOOSE).unwrap();
+    running.wait_for_devices(0).unwrap();
+    running.wait_for("unplugged", 1).unwrap();
+    until("the host lets it go", PATIENCE, || {
+        let path = format!("/sys/bus/pci/devices/{LOOSE}");
+        Ok((!host.exec(["test", "-e", &path])?.status.success()).then_some(()))
+    })
+    .unwrap();
+    let absent = running.device("plug", &[LOOSE]).unwrap();
+    assert_answer(&absent, &["address", LOOSE, "no such PCI function"]);
+    // The machine goes on: another device works.
+    assert_done(&running.device("plug", &[EDU, "--id", "edu"]).unwrap());
+    running.wait_for("plugged", 2).unwrap();
+    assert_done(&running.device("unplug", &["edu"]).unwrap());
+    assert_eq!(
+        running.process.wait(PATIENCE).unwrap(),
+        Some(Status::Exited(0)),
+        "{}",
+        running.text().unwrap()
+    );
+    host.shell(&format!("rm -f {}", passthrough::SOCKET)).unwrap();
+}
