@@ -75,7 +75,7 @@ mod tests {
     fn a_name_outlasts_the_driver_but_not_the_card() {
         let host = two_gpus();
         let file = host.path("state/gpus.json");
-        let fresh = || crate::inventory::gpus::read(&HostFiles(host.root()));
+        let fresh = || crate::inventory::gpus::read(&HostFiles(host.root()), &[]);
         let mut gpus = fresh();
         gpus[1].model = "NVIDIA H100".to_owned();
         gpus[1].memory_bytes = 80 << 30;

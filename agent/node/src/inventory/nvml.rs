@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn gpus_whose_driver_was_not_asked_yet_are_not_offered() {
-        let mut gpus = crate::inventory::gpus::read(&HostFiles(two_gpus().root()));
+        let mut gpus = crate::inventory::gpus::read(&HostFiles(two_gpus().root()), &[]);
         crate::inventory::hold_back_unasked(&mut gpus);
         assert_eq!(gpus.iter().map(Gpu::is_usable).collect::<Vec<_>>(), [true, false]);
     }
