@@ -30,6 +30,9 @@ fn two_nodes() -> Value {
     json!([node(0), node(1)])
 }
 
+/// Without the interrupt pin: QEMU (10.0.2) routes the pins behind an expander bridge to lines of the legacy interrupt
+/// controller, and the host counts no interrupt there (`vfio-intx` at IRQ 11 in /proc/interrupts stays at 0 while the
+/// device asserts its pin).
 #[test]
 fn a_board_with_two_sockets_four_switches_and_eight_devices() {
     let bed = Bed::new().unwrap();
@@ -43,7 +46,7 @@ fn a_board_with_two_sockets_four_switches_and_eight_devices() {
     let host = bed.boot(description).unwrap();
     let devices = edus(&host);
     assert_eq!(devices.len(), 8);
-    let machine = Machine::new("tree,edu", &references(&devices));
+    let machine = Machine::new("tree,edu lathe.pin=off", &references(&devices));
     let ended = machine.clone().with("numa", two_nodes()).check(&host).unwrap();
     insta::assert_snapshot!("eight_devices_two_nodes", ended.lines("tree").join("\n"));
     assert_eq!(ended.lines("edu_dma_interrupt"), ["msi"]);
@@ -52,7 +55,7 @@ fn a_board_with_two_sockets_four_switches_and_eight_devices() {
     // A guest without nodes has them all on one root complex; one with a single socket's has those alone.
     let ended = machine.check(&host).unwrap();
     insta::assert_snapshot!("eight_devices_no_nodes", ended.lines("tree").join("\n"));
-    let second = Machine::new("tree,edu", &references(&devices[4..])).with("numa", two_nodes());
+    let second = Machine::new("tree,edu lathe.pin=off", &references(&devices[4..])).with("numa", two_nodes());
     insta::assert_snapshot!(
         "the_second_sockets_devices",
         second.check(&host).unwrap().lines("tree").join("\n")
