@@ -15,7 +15,7 @@
 //! | `nvme-verify` | `nvme`, `writes`, `seed` | checks what `nvme` with the same options wrote, after a reboot say |
 //! | `nvme-iops` | `nvme`, `reads` (2000) | `nvme_4k_read_ns N`, the mean of reads one at a time |
 //! | `nvme-sriov` | `device` (the first disk), `functions` (2) | on a host: makes virtual functions and gives them queues ([`sriov`]) |
-//! | `edu` | `device` | identification, factorials by polling, INTx and MSI, DMA both ways ([`edu`]) |
+//! | `edu` | `device`, `pin` (on, or `off`) | identification, factorials by polling, INTx and MSI, DMA both ways ([`edu`]) |
 //! | `edu-loop` | `rounds` (10) | DMA until the device has gone that many times ([`hotplug`]) |
 //! | `e1000e` | `device`, `frames` (200) | sends frames to a peer that returns them ([`nic`]) |
 //! | `vram-zero` | `device`, `stride` | `vram_zero yes`, or where the first other byte is ([`vram`]) |
