@@ -121,27 +121,43 @@ fn read_back(file: &File, buffer: &mut [u8], index: u64, seed: u64) -> Result<()
     direct::difference(buffer, index, seed).map_or(Ok(()), |wrong| Err(Failure::wrong(wrong)))
 }
 
-/// Prints the mean time of reads of 4 KiB, one at a time and past the page cache.
+/// Prints the mean time between reads of 4 KiB past the page cache, of which `depth` threads have one each under
+/// way. The line before, `nvme_reading`, comes when the first of them is about to start: whoever times the two
+/// lines sees by another clock what this one says.
 pub fn time_reads(options: &Options) -> Result<(), Failure> {
     let disk = Disk::find(options)?;
-    let reads: u32 = options.number("reads")?.unwrap_or(2000).max(1);
-    let file = disk.open(false)?;
-    let mut buffer = Aligned::new(BLOCK);
-    let mut random = Random::new(1);
-    let blocks = disk.size / BLOCK as u64;
-    let mut read = |index: u64| {
-        file.read_exact_at(buffer.get(), index * BLOCK as u64)
-            .map_err(Failure::at(format!("reading block {index}")))
-    };
+    let depth: u32 = options.number("depth")?.unwrap_or(1).clamp(1, 64);
+    let reads: u32 = options.number("reads")?.unwrap_or(2000).max(depth).next_multiple_of(depth);
     // The first ones fault in what the rest has.
-    for index in 0..16.min(blocks) {
-        read(index)?;
-    }
+    read_at_random(&disk, 16, 1)?;
+    println!("nvme_reading {reads}");
     let start = Instant::now();
-    for _ in 0..reads {
-        read(random.next() % blocks)?;
+    if depth == 1 {
+        read_at_random(&disk, reads, 1)?;
+    } else {
+        thread::scope(|scope| {
+            let disk = &disk;
+            let reader = |seed| scope.spawn(move || read_at_random(disk, reads / depth, seed));
+            let readers: Vec<_> = (0..depth).map(|seed| reader(u64::from(seed))).collect();
+            readers.into_iter().try_for_each(|reader| {
+                reader.join().unwrap_or_else(|_| Err(Failure::wrong("a reading thread panicked")))
+            })
+        })?;
     }
     println!("nvme_4k_read_ns {}", start.elapsed().as_nanos() / u128::from(reads));
+    Ok(())
+}
+
+fn read_at_random(disk: &Disk, reads: u32, seed: u64) -> Result<(), Failure> {
+    let file = disk.open(false)?;
+    let mut buffer = Aligned::new(BLOCK);
+    let mut random = Random::new(seed);
+    let blocks = (disk.size / BLOCK as u64).max(1);
+    for _ in 0..reads {
+        let index = random.next() % blocks;
+        file.read_exact_at(buffer.get(), index * BLOCK as u64)
+            .map_err(Failure::at(format!("reading block {index}")))?;
+    }
     Ok(())
 }
 
