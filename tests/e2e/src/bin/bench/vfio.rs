@@ -18,6 +18,7 @@ use lathe_testbed::{Bed, Device, DeviceKind, Host, HostDescription, HostFile};
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::qemu;
 use crate::record::{self, Record};
 
 /// Of the guest's random reads, in one run each. What differs between the first and the last is due to reads
@@ -41,6 +42,14 @@ const SHARED: [(u32, &str, &str); 3] = [
     (16384, "0000:05:00.0", "BAR-16GiB"),
 ];
 const DISK: &str = "0000:01:00.0";
+
+/// Of guests that read.
+const GUEST_MIB: u64 = 256;
+
+/// Where the description of a machine lies, the socket it answers at, and how it is started.
+const CONFIG: &str = "/bench/vm.json";
+const API: &str = "/bench/api";
+const LATHE: [&str; 5] = ["lathe-vmm", "--config", CONFIG, "--api-socket", API];
 
 /// A guest whose interrupts QEMU's emulated SVM delivered twice hangs (tests/testbed/README.md); the machine is
 /// then started again.
@@ -102,31 +111,63 @@ fn description(name: &str, scratch: &Path) -> anyhow::Result<HostDescription> {
     Ok(description)
 }
 
-/// One 4 KiB read at a time, and eight: by the host's driver, then by the guest's.
+/// Who reads: a guest of some machine monitor.
+struct Reader {
+    subject: &'static str,
+    monitor: Monitor,
+    /// Where the guest's CPU waits. The host's polls, as its clock demands, so guests do in comparison.
+    idle: &'static str,
+    /// How many reads are under way.
+    depth: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Monitor {
+    Lathe,
+    Qemu,
+}
+
+const READERS: [Reader; 4] = [
+    Reader { subject: "guest", monitor: Monitor::Lathe, idle: "idle=poll", depth: 1 },
+    Reader { subject: "guest", monitor: Monitor::Lathe, idle: "idle=poll", depth: 8 },
+    Reader { subject: "guest-halting", monitor: Monitor::Lathe, idle: "", depth: 1 },
+    Reader { subject: "qemu", monitor: Monitor::Qemu, idle: "idle=poll", depth: 1 },
+];
+
+fn metric(depth: u32) -> &'static str {
+    if depth == 1 { "nvme_4k_read" } else { "nvme_4k_read_depth8" }
+}
+
+/// Reads by the host's driver, then by guests'.
 fn reads(bed: &Bed, scratch: &Path) -> anyhow::Result<Vec<Record>> {
     eprintln!("bench: starting a host with a deterministic clock and an NVMe disk");
-    let host = bed.boot(description("reads", scratch)?.memory_mib(1536))?;
+    let mut description = description("reads", scratch)?.memory_mib(1536);
+    description.files.extend(qemu::files()?);
+    let host = bed.boot(description)?;
     // KVM's statistics; mounted already on some kernels.
     let _ = host.exec(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"])?;
-    let mut records = Vec::new();
-    let depths = [(1, "nvme_4k_read"), (8, "nvme_4k_read_depth8")];
     let mut by_host = Vec::new();
-    for (depth, metric) in depths {
-        eprintln!("bench: host {metric}");
-        by_host.push(of_rates(metric, "host", host_reads(&host, depth)?));
+    for depth in [1, 8] {
+        eprintln!("bench: host {}", metric(depth));
+        by_host.push(of_rates(metric(depth), "host", host_reads(&host, depth)?));
     }
     bind(&host, DISK, "vfio-pci")?;
-    for (depth, metric) in depths {
-        let mut runs = Vec::new();
+    let mut records = Vec::new();
+    for reader in &READERS {
+        let (metric, mut runs) = (metric(reader.depth), Vec::new());
         for reads in GUEST_READS {
-            eprintln!("bench: guest {metric} ({reads} reads)");
-            runs.push(guest_reads(&host, depth, reads)?);
+            eprintln!("bench: {} {metric} ({reads} reads)", reader.subject);
+            runs.push(reader.run(&host, reads)?);
         }
         let times = runs.iter().map(|run| run.line("nvme_4k_read_ns")).collect::<anyhow::Result<Vec<_>>>()?;
-        records.push(of_rates(metric, "guest", times));
-        records.extend(details(metric, &runs)?);
+        records.push(of_rates(metric, reader.subject, times));
+        records.extend(details(metric, reader.subject, &runs)?);
+        if reader.subject == "guest" {
+            // Second in the table.
+            let depth_is = |record: &Record| record.metric == metric;
+            records.extend(by_host.iter().filter(|record| depth_is(record)).cloned());
+        }
     }
-    records.extend(by_host);
     host.shutdown()?;
     Ok(records)
 }
@@ -151,29 +192,55 @@ fn host_reads(host: &Host, depth: u32) -> anyhow::Result<Vec<f64>> {
     Ok(times)
 }
 
-/// A guest that reads twice as often as counted, the first half for warming up.
-fn guest_reads(host: &Host, depth: u32, reads: u32) -> anyhow::Result<Measured> {
-    // The last action waits for what does not come, so that the machine can be asked what it counted.
-    let cmdline = format!(
-        "console=ttyS0 quiet panic=-1 tsc=reliable noreplace-smp \
-         lathe.test=nvme-iops,nvme-iops,tree,hotplug-wait lathe.devices=99 lathe.reads={reads} \
-         lathe.depth={depth}"
-    );
+impl Reader {
+    /// A guest that reads twice as often as counted, the first half for warming up.
+    fn run(&self, host: &Host, reads: u32) -> anyhow::Result<Measured> {
+        let Self { idle, depth, .. } = self;
+        // The last action waits for what does not come, so that the machine can be asked what it counted.
+        let cmdline = format!(
+            "console=ttyS0 quiet panic=-1 tsc=reliable noreplace-smp {idle} \
+             lathe.test=nvme-iops,nvme-iops,tree,hotplug-wait lathe.devices=99 lathe.reads={reads} \
+             lathe.depth={depth}"
+        );
+        let command = match self.monitor {
+            Monitor::Lathe => lathe(host, &cmdline)?,
+            Monitor::Qemu => qemu(&cmdline),
+        };
+        measure(host, &command, "tree pci", GUEST_MIB)
+    }
+}
+
+fn lathe(host: &Host, cmdline: &str) -> anyhow::Result<Vec<String>> {
     let config = json!({
         "boot": {"kernel": "/bench/vmlinux", "initramfs": "/bench/initramfs", "cmdline": cmdline},
         "cpus": {"count": 1},
-        "memory": {"size": "256 MiB"},
+        "memory": {"size": format!("{GUEST_MIB} MiB")},
         "serial": {"mode": "stdio"},
         "rng": false,
         "passthrough": [{"id": "disk", "address": DISK}],
     });
-    host.write_file("/bench/reads.json", config.to_string())?;
-    measure(host, "/bench/reads.json", "tree pci", 256)
+    host.write_file(CONFIG, config.to_string())?;
+    Ok(LATHE.map(str::to_owned).to_vec())
+}
+
+/// With what lathe-vmm hides on an emulated host hidden as well: see the limits above.
+fn qemu(cmdline: &str) -> Vec<String> {
+    let mut command = qemu::command("q35", GUEST_MIB);
+    for word in &mut command {
+        if word == "host" {
+            *word = "host,kvm-pv-eoi=off".to_owned();
+        }
+    }
+    let device = format!("vfio-pci,host={DISK},bus=port");
+    let words = ["-kernel", "/bench/vmlinux", "-initrd", "/bench/initramfs", "-append", cmdline];
+    command.extend(words.map(str::to_owned));
+    command.extend(["-device", "pcie-root-port,id=port", "-device", &device].map(str::to_owned));
+    command
 }
 
 /// What a read costs besides: exits of the guest's CPU and interrupts; and whether the guest's clock is the
 /// host's.
-fn details(metric: &str, runs: &[Measured]) -> anyhow::Result<Vec<Record>> {
+fn details(metric: &str, subject: &str, runs: &[Measured]) -> anyhow::Result<Vec<Record>> {
     let (Some(first), Some(last)) = (runs.first(), runs.last()) else { bail!("no runs") };
     let (few, many) = (GUEST_READS[0], GUEST_READS[GUEST_READS.len() - 1]);
     // Each has read twice.
@@ -198,7 +265,7 @@ fn details(metric: &str, runs: &[Measured]) -> anyhow::Result<Vec<Record>> {
     let guest_ns =
         |run: &Measured, reads: u32| Ok::<_, anyhow::Error>(run.line("nvme_4k_read_ns")? * f64::from(reads));
     let ratio = (host_ns(last) - host_ns(first)) / (guest_ns(last, many)? - guest_ns(first, few)?);
-    records.push(Record::of(&format!("{metric}_clock"), "guest", "host_ns/guest_ns", vec![ratio]));
+    records.push(Record::of(&format!("{metric}_clock"), subject, "host_ns/guest_ns", vec![ratio]));
     Ok(records)
 }
 
@@ -257,8 +324,9 @@ fn attach_one(
     if huge {
         config["memory"]["hugepages"] = json!("2 MiB");
     }
-    host.write_file("/bench/attach.json", config.to_string())?;
-    let measured = measure(host, "/bench/attach.json", tiny_guest::MARKER, u64::from(size_mib))?;
+    host.write_file(CONFIG, config.to_string())?;
+    let command = LATHE.map(str::to_owned);
+    let measured = measure(host, &command, tiny_guest::MARKER, u64::from(size_mib))?;
     let stage = |stage: &str| {
         let seconds = measured.line(&format!("lathe_vmm_attach_seconds{{stage=\"{stage}\"}}"))?;
         Ok(Record::of(&format!("attach_{stage}"), subject, "virtual_ms", vec![seconds * 1e3]))
@@ -266,29 +334,34 @@ fn attach_one(
     ["open", "reset", "populate", "map", "bar_map"].into_iter().map(stage).collect()
 }
 
-/// Runs lathe-vmm until its guest prints `marker`.
-fn measure(host: &Host, config: &str, marker: &str, guest_mib: u64) -> anyhow::Result<Measured> {
-    // A machine that was killed leaves its socket.
-    let script = format!(
-        "rm -f /bench/api; exec measure --marker '{marker}' --from nvme_reading --guest-mib {guest_mib} \
-         --api /bench/api --timeout-s 600 -- lathe-vmm --config {config} --api-socket /bench/api"
-    );
+/// Runs a machine until its guest prints `marker`.
+fn measure(host: &Host, command: &[String], marker: &str, guest_mib: u64) -> anyhow::Result<Measured> {
     let limit = LIMIT + Duration::from_millis(30 * guest_mib);
+    let mut argv = ["measure", "--marker", marker, "--from", "nvme_reading", "--timeout-s", "600"].to_vec();
+    let guest_mib = guest_mib.to_string();
+    argv.extend(["--guest-mib", &guest_mib]);
+    if command.iter().any(|word| word == API) {
+        argv.extend(["--api", API]);
+    }
+    argv.push("--");
+    argv.extend(command.iter().map(String::as_str));
     for attempt in 1..=ATTEMPTS {
-        let output = match host.command(["sh", "-c", &script])?.limit(limit).run() {
+        // A machine that was killed leaves it.
+        host.check(["rm", "-f", API])?;
+        let output = match host.command(argv.iter().copied())?.limit(limit).run() {
             Ok(output) => output,
             Err(error) => {
                 eprintln!("bench: attempt {attempt}: {error}");
-                let _ = host.shell("kill -9 $(pidof lathe-vmm)");
+                let _ = host.shell("kill -9 $(pidof lathe-vmm) $(pidof measure)");
                 continue;
             }
         };
         let text = output.text();
         let line = text.lines().last().unwrap_or_default();
         return serde_json::from_str(line)
-            .with_context(|| format!("{config}: {}", String::from_utf8_lossy(&output.stderr)));
+            .with_context(|| format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)));
     }
-    bail!("{config}: no guest of {ATTEMPTS} got to {marker:?}");
+    bail!("no guest of {ATTEMPTS} got to {marker:?}: {command:?}");
 }
 
 /// Binds a function; how many milliseconds that took.
