@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -122,8 +122,9 @@ fn read_back(file: &File, buffer: &mut [u8], index: u64, seed: u64) -> Result<()
 }
 
 /// Prints the mean time between reads of 4 KiB past the page cache, of which `depth` threads have one each under
-/// way. The line before, `nvme_reading`, comes when the first of them is about to start: whoever times the two
-/// lines sees by another clock what this one says.
+/// way, and the median of what a read took: on an emulated machine some take long for reasons of whoever emulates.
+/// The line before, `nvme_reading`, comes when the first of them is about to start: whoever times the lines sees
+/// by another clock what this one says.
 pub fn time_reads(options: &Options) -> Result<(), Failure> {
     let disk = Disk::find(options)?;
     let depth: u32 = options.number("depth")?.unwrap_or(1).clamp(1, 64);
@@ -132,33 +133,36 @@ pub fn time_reads(options: &Options) -> Result<(), Failure> {
     read_at_random(&disk, 16, 1)?;
     println!("nvme_reading {reads}");
     let start = Instant::now();
-    if depth == 1 {
-        read_at_random(&disk, reads, 1)?;
-    } else {
-        thread::scope(|scope| {
-            let disk = &disk;
-            let reader = |seed| scope.spawn(move || read_at_random(disk, reads / depth, seed));
-            let readers: Vec<_> = (0..depth).map(|seed| reader(u64::from(seed))).collect();
-            readers.into_iter().try_for_each(|reader| {
-                reader.join().unwrap_or_else(|_| Err(Failure::wrong("a reading thread panicked")))
-            })
-        })?;
-    }
+    let mut took = thread::scope(|scope| {
+        let disk = &disk;
+        let reader = |seed| scope.spawn(move || read_at_random(disk, reads / depth, seed));
+        let readers: Vec<_> = (1..=depth).map(|seed| reader(u64::from(seed))).collect();
+        let join = |reader: thread::ScopedJoinHandle<'_, _>| {
+            reader.join().unwrap_or_else(|_| Err(Failure::wrong("a reading thread panicked")))
+        };
+        let took: Result<Vec<Vec<Duration>>, Failure> = readers.into_iter().map(join).collect();
+        took.map(|took| took.concat())
+    })?;
     println!("nvme_4k_read_ns {}", start.elapsed().as_nanos() / u128::from(reads));
+    took.sort_unstable();
+    println!("nvme_4k_read_median_ns {}", took.get(took.len() / 2).map_or(0, Duration::as_nanos));
     Ok(())
 }
 
-fn read_at_random(disk: &Disk, reads: u32, seed: u64) -> Result<(), Failure> {
+/// What each of the reads took.
+fn read_at_random(disk: &Disk, reads: u32, seed: u64) -> Result<Vec<Duration>, Failure> {
     let file = disk.open(false)?;
     let mut buffer = Aligned::new(BLOCK);
     let mut random = Random::new(seed);
     let blocks = (disk.size / BLOCK as u64).max(1);
-    for _ in 0..reads {
+    let mut read = || {
         let index = random.next() % blocks;
+        let start = Instant::now();
         file.read_exact_at(buffer.get(), index * BLOCK as u64)
             .map_err(Failure::at(format!("reading block {index}")))?;
-    }
-    Ok(())
+        Ok(start.elapsed())
+    };
+    (0..reads).map(|_| read()).collect()
 }
 
 /// Makes the calling thread use one CPU, and so one of the disk's queues.
