@@ -13,7 +13,7 @@
 //! | `bars` | | `bar ADDRESS REGION START SIZE FLAGS` for each region ([`bars`]) |
 //! | `nvme` | `nvme` (nvme0n1), `mib` (whole disk), `writes` (64), `seed` (1) | reads and writes with checksums on all queues ([`nvme`]) |
 //! | `nvme-verify` | `nvme`, `writes`, `seed` | checks what `nvme` with the same options wrote, after a reboot say |
-//! | `nvme-iops` | `nvme`, `reads` (2000) | `nvme_4k_read_ns N`, the mean of reads one at a time |
+//! | `nvme-iops` | `nvme`, `reads` (2000), `depth` (1) | `nvme_4k_read_ns N`, the mean of reads, `depth` at a time, and `nvme_4k_read_median_ns` |
 //! | `nvme-sriov` | `device` (the first disk), `functions` (2) | on a host: makes virtual functions and gives them queues ([`sriov`]) |
 //! | `edu` | `device`, `pin` (on, or `off`) | identification, factorials by polling, INTx and MSI, DMA both ways ([`edu`]) |
 //! | `edu-loop` | `rounds` (10) | DMA until the device has gone that many times ([`hotplug`]) |

@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -121,28 +121,48 @@ fn read_back(file: &File, buffer: &mut [u8], index: u64, seed: u64) -> Result<()
     direct::difference(buffer, index, seed).map_or(Ok(()), |wrong| Err(Failure::wrong(wrong)))
 }
 
-/// Prints the mean time of reads of 4 KiB, one at a time and past the page cache.
+/// Prints the mean time between reads of 4 KiB past the page cache, of which `depth` threads have one each under
+/// way, and the median of what a read took: on an emulated machine some take long for reasons of whoever emulates.
+/// The line before, `nvme_reading`, comes when the first of them is about to start: whoever times the lines sees
+/// by another clock what this one says.
 pub fn time_reads(options: &Options) -> Result<(), Failure> {
     let disk = Disk::find(options)?;
-    let reads: u32 = options.number("reads")?.unwrap_or(2000).max(1);
+    let depth: u32 = options.number("depth")?.unwrap_or(1).clamp(1, 64);
+    let reads: u32 = options.number("reads")?.unwrap_or(2000).max(depth).next_multiple_of(depth);
+    // The first ones fault in what the rest has.
+    read_at_random(&disk, 16, 1)?;
+    println!("nvme_reading {reads}");
+    let start = Instant::now();
+    let mut took = thread::scope(|scope| {
+        let disk = &disk;
+        let reader = |seed| scope.spawn(move || read_at_random(disk, reads / depth, seed));
+        let readers: Vec<_> = (1..=depth).map(|seed| reader(u64::from(seed))).collect();
+        let join = |reader: thread::ScopedJoinHandle<'_, _>| {
+            reader.join().unwrap_or_else(|_| Err(Failure::wrong("a reading thread panicked")))
+        };
+        let took: Result<Vec<Vec<Duration>>, Failure> = readers.into_iter().map(join).collect();
+        took.map(|took| took.concat())
+    })?;
+    println!("nvme_4k_read_ns {}", start.elapsed().as_nanos() / u128::from(reads));
+    took.sort_unstable();
+    println!("nvme_4k_read_median_ns {}", took.get(took.len() / 2).map_or(0, Duration::as_nanos));
+    Ok(())
+}
+
+/// What each of the reads took.
+fn read_at_random(disk: &Disk, reads: u32, seed: u64) -> Result<Vec<Duration>, Failure> {
     let file = disk.open(false)?;
     let mut buffer = Aligned::new(BLOCK);
-    let mut random = Random::new(1);
-    let blocks = disk.size / BLOCK as u64;
-    let mut read = |index: u64| {
+    let mut random = Random::new(seed);
+    let blocks = (disk.size / BLOCK as u64).max(1);
+    let mut read = || {
+        let index = random.next() % blocks;
+        let start = Instant::now();
         file.read_exact_at(buffer.get(), index * BLOCK as u64)
-            .map_err(Failure::at(format!("reading block {index}")))
+            .map_err(Failure::at(format!("reading block {index}")))?;
+        Ok(start.elapsed())
     };
-    // The first ones fault in what the rest has.
-    for index in 0..16.min(blocks) {
-        read(index)?;
-    }
-    let start = Instant::now();
-    for _ in 0..reads {
-        read(random.next() % blocks)?;
-    }
-    println!("nvme_4k_read_ns {}", start.elapsed().as_nanos() / u128::from(reads));
-    Ok(())
+    (0..reads).map(|_| read()).collect()
 }
 
 /// Makes the calling thread use one CPU, and so one of the disk's queues.

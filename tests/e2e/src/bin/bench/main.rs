@@ -7,6 +7,7 @@
 mod boot;
 mod qemu;
 mod record;
+mod vfio;
 
 use std::process::ExitCode;
 
@@ -24,11 +25,12 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let name = std::env::args().nth(1).unwrap_or_default();
-    let records = match name.as_str() {
-        "boot" => boot::run()?,
-        _ => bail!("no benchmark {name:?}; there is: boot"),
+    let (records, print): (_, fn(&[record::Record])) = match name.as_str() {
+        "boot" => (boot::run()?, record::print),
+        "vfio" => (vfio::run()?, vfio::print),
+        _ => bail!("no benchmark {name:?}; there are boot and vfio"),
     };
-    record::print(&records);
+    print(&records);
     let path = record::write(&name, &records)?;
     println!("\n{} written", path.display());
     Ok(())

@@ -9,6 +9,9 @@ use lathe_testbed::HostFile;
 /// Where it lies in the host.
 const ROOT: &str = "/opt/qemu";
 
+/// What its process is called in the host: it is started by its own loader.
+pub const PROCESS: &str = "ld-linux-x86-64.so.2";
+
 /// The program on this machine.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 

@@ -67,6 +67,30 @@ pub fn print(records: &[Record]) {
     }
 }
 
+/// Prints a row a subject and a column a metric, all of one unit.
+pub fn print_by_subject(records: &[Record]) {
+    let (mut metrics, mut subjects): (Vec<&str>, Vec<&str>) = (Vec::new(), Vec::new());
+    for record in records {
+        for (list, name) in [(&mut metrics, &record.metric), (&mut subjects, &record.subject)] {
+            if !list.contains(&name.as_str()) {
+                list.push(name);
+            }
+        }
+    }
+    print!("{:<24}", records.first().map_or("", |record| record.unit));
+    metrics.iter().for_each(|metric| print!("{metric:>18}"));
+    println!();
+    for subject in subjects {
+        print!("{subject:<24}");
+        for metric in &metrics {
+            let found = records.iter().find(|record| record.subject == subject && record.metric == *metric);
+            let cell = found.map_or_else(|| "-".to_owned(), |record| format!("{:.3}", record.value));
+            print!("{cell:>18}");
+        }
+        println!();
+    }
+}
+
 /// Writes `target/bench/NAME.json`.
 pub fn write(name: &str, records: &[Record]) -> anyhow::Result<PathBuf> {
     let directory = artefacts::repository().join("target/bench");
