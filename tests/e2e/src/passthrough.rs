@@ -234,7 +234,7 @@ impl Running<'_> {
         Ok(Held {
             descriptors: count(&format!("ls /proc/{pid}/fd | wc -l"))?,
             threads: status("Threads")?,
-            mappings: count(&format!("wc -l </proc/{pid}/maps"))?,
+            mappings: count(&format!("awk 'NF > 5' /proc/{pid}/maps | wc -l"))?,
             locked_kib: status("VmLck")? + status("VmPin")?,
             pinned_pages: pinned_pages(self.host)?,
         })
@@ -248,7 +248,8 @@ pub struct Held {
     pub descriptors: u64,
     /// Threads.
     pub threads: u64,
-    /// Areas of its address space.
+    /// Areas of its address space that have a name: BARs and guest memory are among them, what malloc has for
+    /// threads that came and went is not.
     pub mappings: u64,
     /// Locked or pinned memory, as it is counted against the limit.
     pub locked_kib: u64,
