@@ -2,11 +2,16 @@
 //! against the size of memory, of its pages and of the device's BAR.
 //!
 //! The host's clock counts instructions. So `nvme_4k_read` compares what software does for a read (the guest's
-//! and the host's drivers are the same, the guest's interrupts pass through KVM besides) with a disk that takes
-//! next to no time: a real one's 10 to 100 µs would hide most of the difference. And `attach_*` counts the
-//! kernel's work a page (clearing, pinning, entries of the IOMMU's tables) rather than the memory's speed, while
-//! waits that the kernel imposes, as after a reset, are whole. Attaching is measured with a guest that does
-//! nothing, by lathe-vmm's own metrics; `attach_bind`, which is the agent's part, by the same writes to sysfs.
+//! and the host's kernels are the same, the guest's interrupts pass through KVM besides) with a disk that takes
+//! next to no time: a real one's 10 to 100 µs would hide most of the difference. A guest's read costs two exits,
+//! one for the disk's interrupt and one for its end (`nvme_4k_read_emulated`). The second is there on emulated
+//! hosts alone, where lathe-vmm hides KVM's paravirtual end of interrupt (tests/testbed/README.md), and is dear
+//! there: QEMU's SVM does not tell KVM where the next instruction is, which is then decoded to be skipped.
+//!
+//! `attach_*` counts the kernel's work a page (clearing, pinning, entries of the IOMMU's tables) rather than the
+//! memory's speed, while waits that the kernel imposes, as after a reset, are whole. Attaching is measured with a
+//! guest that does nothing, by lathe-vmm's own metrics; `attach_bind`, which is the agent's part, by the same
+//! writes to sysfs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +19,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use lathe_e2e::{artefacts, tiny_guest};
-use lathe_testbed::{Bed, Device, DeviceKind, Host, HostDescription, HostFile};
+use lathe_testbed::{Bed, Device, DeviceKind, Host, HostDescription, HostFile, KernelFlavour};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -149,7 +154,9 @@ fn metric(depth: u32) -> &'static str {
 /// Reads by the host's driver, then by guests'.
 fn reads(bed: &Bed, scratch: &Path) -> anyhow::Result<Vec<Record>> {
     eprintln!("bench: starting a host with a deterministic clock and an NVMe disk");
-    let mut description = description("reads", scratch)?.memory_mib(1536);
+    // The kernel that the guests have: Debian's takes another number of instructions for a read.
+    let mut description =
+        description("reads", scratch)?.memory_mib(1536).kernel_flavour(KernelFlavour::Iommufd);
     description.files.extend(qemu::files()?);
     let host = bed.boot(description)?;
     // KVM's statistics; mounted already on some kernels.
@@ -188,10 +195,13 @@ fn reads(bed: &Bed, scratch: &Path) -> anyhow::Result<Vec<Record>> {
     Ok(records)
 }
 
-/// Operations a second, of mean times in nanoseconds.
+/// Operations a second, of times in nanoseconds; of the fastest run. Where the disk answers only after the reader
+/// has given its CPU up, a read takes 5 µs longer, and whether it does so in a run is up to the real machine.
 fn of_rates(metric: &str, subject: &str, times: Vec<f64>) -> Record {
     let rates = times.into_iter().map(|ns| 1e9 / ns).collect();
-    Record::of(metric, subject, "ops/virtual_s", rates)
+    let mut record = Record::of(metric, subject, "ops/virtual_s", rates);
+    record.value = record.range[1];
+    record
 }
 
 /// Mean nanoseconds of some runs, each after one that is not counted.
