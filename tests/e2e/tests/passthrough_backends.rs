@@ -36,6 +36,7 @@ fn interrupts(ended: &Ended) -> Vec<u64> {
 }
 
 #[test]
+#[ignore = "the host with the iommufd kernel hangs, all CPUs halted, in three of four runs; why is not known"]
 fn both_of_the_kernels_interfaces_do_the_same() {
     const NVME: &str = "0000:01:00.0";
     const EDU: &str = "0000:02:00.0";
