@@ -189,12 +189,15 @@ impl Running<'_> {
     /// # Errors
     /// When it does not, with all that it printed.
     pub fn wait_for(&self, word: &str, count: usize) -> anyhow::Result<()> {
-        until(&format!("{count} times {word:?} from the guest"), PATIENCE, || {
+        let failed = until(&format!("{count} times {word:?} from the guest"), PATIENCE, || {
             let text = self.text()?;
-            ensure!(!text.contains("DEVICES-FAILED"), "{text}");
-            Ok((lines(&text, word).len() >= count).then_some(()))
+            let failed = self.has_ended()?;
+            let seen = lines(&text, word).len() >= count;
+            Ok((failed || seen).then_some(failed && !seen))
         })
-        .with_context(|| self.text().unwrap_or_default())
+        .with_context(|| self.text().unwrap_or_default())?;
+        ensure!(!failed, "{}", self.text().unwrap_or_default());
+        Ok(())
     }
 
     /// Waits until the machine lists `count` devices.
@@ -202,8 +205,19 @@ impl Running<'_> {
     /// # Errors
     /// When it does not, with all that was printed.
     pub fn wait_for_devices(&self, count: usize) -> anyhow::Result<()> {
-        until(&format!("{count} devices"), PATIENCE, || Ok((self.devices()?.len() == count).then_some(())))
-            .with_context(|| self.text().unwrap_or_default())
+        let failed = until(&format!("{count} devices"), PATIENCE, || {
+            let failed = self.has_ended()?;
+            Ok((failed || self.devices()?.len() == count).then_some(failed))
+        })
+        .with_context(|| self.text().unwrap_or_default())?;
+        ensure!(!failed, "{}", self.text().unwrap_or_default());
+        Ok(())
+    }
+
+    /// Whether nothing more will come: no reason to be patient.
+    fn has_ended(&self) -> anyhow::Result<bool> {
+        let gone = format!("test -d /proc/{} || echo gone", self.process.pid());
+        Ok(self.text()?.contains("DEVICES-FAILED") || !self.host.shell(&gone)?.is_empty())
     }
 
     /// The devices, as the API has them.
@@ -223,11 +237,22 @@ impl Running<'_> {
         Ok(self.host.command(argv)?.limit(Duration::from_secs(60)).run()?)
     }
 
-    /// What the VMM holds of the host.
+    /// What the VMM holds of the host, once that stays the same: a request that was just answered has its thread and
+    /// connection for a moment.
     ///
     /// # Errors
-    /// When the host does not answer.
+    /// When the host does not answer, or it keeps changing.
     pub fn held(&self) -> anyhow::Result<Held> {
+        let mut last = None;
+        until("what the VMM holds", PATIENCE, || {
+            let now = Some(self.held_now()?);
+            let same = now == last;
+            last = now;
+            Ok(if same { last } else { None })
+        })
+    }
+
+    fn held_now(&self) -> anyhow::Result<Held> {
         let pid = self.process.pid();
         let count = |script: &str| -> anyhow::Result<u64> { Ok(self.host.shell(script)?.trim().parse()?) };
         let status = |field: &str| count(&format!("awk '/^{field}:/ {{print $2}}' /proc/{pid}/status"));

@@ -36,7 +36,6 @@ fn interrupts(ended: &Ended) -> Vec<u64> {
 }
 
 #[test]
-#[ignore = "the host with the iommufd kernel hangs, all CPUs halted, in three of four runs; why is not known"]
 fn both_of_the_kernels_interfaces_do_the_same() {
     const NVME: &str = "0000:01:00.0";
     const EDU: &str = "0000:02:00.0";
@@ -97,8 +96,9 @@ fn plugged(host: &Host, backend: &str, edu: &str) {
         assert_eq!(running.devices().unwrap()[0]["backend"], json!(backend));
         let output = running.device("unplug", &["edu"]).unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        running.wait_for_devices(0).unwrap();
+        // After the last round the guest powers off, and its VMM no longer answers.
         if round < ROUNDS {
+            running.wait_for_devices(0).unwrap();
             held.push(running.held().unwrap());
         }
     }

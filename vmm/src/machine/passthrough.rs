@@ -236,7 +236,7 @@ impl Passthrough {
     pub fn surprise_remove(&self, id: &str) -> Result<(), PlugError> {
         let slot = self.slot(id)?;
         let removed = lock(&self.root).surprise_remove(slot)?;
-        lock(&self.state).removed(&removed);
+        lock(&self.state).removed(removed);
         self.wake();
         Ok(())
     }
@@ -272,7 +272,7 @@ impl Passthrough {
         for slot in released {
             // Somebody else may have been quicker.
             let Ok(removed) = lock(&self.root).unplug(slot) else { continue };
-            lock(&self.state).removed(&removed);
+            lock(&self.state).removed(removed);
         }
     }
 
@@ -317,8 +317,9 @@ impl State {
         Ok(())
     }
 
-    /// Closes the devices that the guest's bus has no longer.
-    fn removed(&mut self, functions: &[SharedPciDevice]) {
+    /// Closes the devices that the guest's bus has no longer. Whoever sees them gone from the list finds nothing of
+    /// them open: the last references go here.
+    fn removed(&mut self, functions: Vec<SharedPciDevice>) {
         let Some(opened) = &self.opened else { return };
         let gone = |device: &&Device| {
             let shared = Arc::clone(&device.pci) as SharedPciDevice;

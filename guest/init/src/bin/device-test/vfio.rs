@@ -110,11 +110,13 @@ impl VfioDevice {
         call(unsafe { libc::ioctl(raw, SET_IOMMU, NO_IOMMU) }, "choosing no IOMMU")?;
         let name = std::ffi::CString::new(device.address.as_str())
             .map_err(|_| Failure::wrong("a NUL in an address"))?;
-        // The driver's link is there before its probe has added the device to the group.
-        let fd = sysfs::wait_for(&format!("{} is not in its group", device.address), || {
+        // The driver's link is there before its probe has added the device to the group (ENODEV), and while the
+        // kernel still plugs the device it holds the lock that opening resets it under (EAGAIN).
+        let fd = sysfs::wait_for(&format!("{} cannot be opened", device.address), || {
             // SAFETY: the argument is a string that lives over the call.
             let fd = unsafe { libc::ioctl(group.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
-            let missing = fd < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENODEV);
+            let error = io::Error::last_os_error().raw_os_error();
+            let missing = fd < 0 && matches!(error, Some(libc::ENODEV | libc::EAGAIN));
             if missing { Ok(None) } else { call(fd, "opening the device").map(|_| Some(fd)) }
         })?;
         // SAFETY: the call returned a new descriptor, which nothing else owns.
