@@ -135,6 +135,8 @@ impl Machine {
     /// When it cannot be started.
     pub fn start<'a>(&self, host: &'a Host) -> anyhow::Result<Running<'a>> {
         self.write(host)?;
+        // What the machine before said must not be taken for this one's words.
+        host.shell(&format!("rm -f {LOG} {SOCKET}"))?;
         let argv = ["lathe-vmm", "--config", "/t/vm.json", "--api-socket", SOCKET];
         Ok(Running { host, process: host.spawn(argv, LOG)? })
     }

@@ -36,7 +36,7 @@ fn host(bed: &Bed) -> Host {
 }
 
 #[test]
-fn devices_come_and_go_and_mistakes_change_nothing() {
+fn devices_come_and_go_and_what_is_refused_changes_nothing() {
     let bed = Bed::new().unwrap();
     let host = host(&bed);
     let before = (leftovers::census(&host).unwrap(), pinned_pages(&host).unwrap());
