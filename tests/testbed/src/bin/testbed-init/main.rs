@@ -61,7 +61,7 @@ fn set_up() -> io::Result<()> {
     sethostname(&parameters.hostname)?;
     // Builtin drivers have made their devices by now, the modules' come as they load.
     let loader = modules::Loader::new()?;
-    for name in ["virtio_net", "virtio_blk", "ext4", "kvm_amd", "vfio_iommu_type1", "vfio_pci"] {
+    for name in ["virtio_net", "virtio_blk", "ext4", "vfio_iommu_type1", "vfio_pci"] {
         loader.load_or_log(name);
     }
     for name in ["tun", "vhost_net", "vhost_vsock"] {
@@ -70,6 +70,8 @@ fn set_up() -> io::Result<()> {
     if parameters.coldplug {
         loader.coldplug()?;
     }
+    modules::wait_for_tsc();
+    loader.load_or_log("kvm_amd");
     if parameters.huge_pages > 0 {
         fs::write("/proc/sys/vm/nr_hugepages", parameters.huge_pages.to_string())?;
     }

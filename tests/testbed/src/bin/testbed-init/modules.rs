@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
@@ -57,6 +58,21 @@ impl Loader {
         match finit_module(&file, c"", ModuleInitFlags::empty()) {
             Ok(()) | Err(Errno::EEXIST) => Ok(()),
             Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// Waits until the kernel has refined its first guess of the TSC's frequency, about a second after its start. KVM
+/// remembers the frequency when it is loaded; if that changes by more than 250 ppm afterwards, it refuses to set a
+/// rate "below the hardware's" and leaves its guests with a scale of zero: their timers fire as late as the host is
+/// old.
+pub fn wait_for_tsc() {
+    const CURRENT: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    // A TSC that will not do is replaced by another clock in this time as well.
+    for _ in 0..100 {
+        match fs::read_to_string(CURRENT) {
+            Ok(name) if name.trim() == "tsc-early" => std::thread::sleep(Duration::from_millis(50)),
+            _ => return,
         }
     }
 }
