@@ -117,14 +117,14 @@ impl VfioPci {
         Ok(())
     }
 
-    /// Lets peers reach its BARs, wherever they answer from now on.
+    /// Lets peers reach its BARs, wherever they answer from now on; `None`: no longer.
     pub fn set_dma(&mut self, dma: Option<Arc<Dma>>) {
         for bar in &mut self.bars {
-            bar.leave(&*self.hypervisor, self.dma.as_deref());
+            bar.unmap_for_peers(self.dma.as_deref());
         }
         self.dma = dma;
         for bar in &mut self.bars {
-            bar.enter(&*self.hypervisor, self.dma.as_deref());
+            bar.map_for_peers(self.dma.as_deref());
         }
     }
 
@@ -257,18 +257,36 @@ impl MappedBar {
             let slot = unsafe { hypervisor.add_memory_slot(guest, host, size) };
             // Without a slot each access is an exit: slow, but right.
             area.slot = slot.ok();
-            // SAFETY: as above for the mapping in the IOMMU.
-            let reached = dma.is_some_and(|dma| unsafe { dma.map_bar(guest, host, size) });
+        }
+        self.map_for_peers(dma);
+    }
+
+    /// Other devices reach its mapped parts at the BAR's address.
+    fn map_for_peers(&mut self, dma: Option<&Dma>) {
+        let (Some(base), Some(dma)) = (self.address, dma) else { return };
+        for area in &mut self.areas {
+            let guest = base + area.offset;
+            if area.peer.is_some() || !guest.is_multiple_of(PAGE) {
+                continue;
+            }
+            // SAFETY: the mapping lives until `unmap_for_peers` or until this area is dropped, which undoes it first.
+            let reached = unsafe { dma.map_bar(guest, area.mapping.address(), area.mapping.len()) };
             area.peer = reached.then_some(guest);
+        }
+    }
+
+    fn unmap_for_peers(&mut self, dma: Option<&Dma>) {
+        for area in &mut self.areas {
+            if let (Some(guest), Some(dma)) = (area.peer.take(), dma) {
+                dma.unmap_bar(guest, area.mapping.len());
+            }
         }
     }
 
     /// Undoes [`enter`](Self::enter).
     fn leave(&mut self, hypervisor: &dyn PassthroughHypervisor, dma: Option<&Dma>) {
+        self.unmap_for_peers(dma);
         for area in &mut self.areas {
-            if let (Some(guest), Some(dma)) = (area.peer.take(), dma) {
-                dma.unmap_bar(guest, area.mapping.len());
-            }
             if let Some(slot) = area.slot.take() {
                 // It was added; the kernel has no other reason to refuse.
                 let _ = hypervisor.remove_memory_slot(slot);

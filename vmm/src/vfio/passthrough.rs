@@ -187,11 +187,8 @@ impl Opened {
         let mut groups = self.groups();
         groups.push(host.group);
         self.add(config, host, kernel, &groups, &running)?;
-        let dma = self.dma.clone();
+        self.connect_peers();
         let device = &self.devices[self.devices.len() - 1];
-        if dma.is_some() {
-            lock(&device.pci).set_dma(dma);
-        }
         Ok(device)
     }
 
@@ -205,6 +202,7 @@ impl Opened {
         lock(&device.pci).set_dma(None);
         lock(&device.pci).quiesce();
         self.reset_after_use(&device, &groups, &running);
+        self.connect_peers();
         true
     }
 
@@ -254,12 +252,18 @@ impl Opened {
         let peers = self.context.vfio.peer_to_peer;
         let (dma, times) = Dma::map(Arc::clone(&self.iommu), &self.context.memory, peers)?;
         (self.times.populate, self.times.map) = (times.populate, times.map);
-        let dma = Arc::new(dma);
-        for device in &self.devices {
-            lock(&device.pci).set_dma(Some(Arc::clone(&dma)));
-        }
-        self.dma = Some(dma);
+        self.dma = Some(Arc::new(dma));
+        self.connect_peers();
         Ok(())
+    }
+
+    /// Devices reach each other's BARs as long as there are several: mapping a large BAR takes time, and for one
+    /// device alone nobody would use it.
+    fn connect_peers(&self) {
+        let dma = self.dma.as_ref().filter(|_| self.devices.len() > 1);
+        for device in &self.devices {
+            lock(&device.pci).set_dma(dma.map(Arc::clone));
+        }
     }
 
     /// Ends all DMA and interrupts, and resets the devices so that nothing of the guest is left running in
