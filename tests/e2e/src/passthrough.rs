@@ -239,6 +239,18 @@ impl Running<'_> {
         Ok(self.host.command(argv)?.limit(Duration::from_secs(60)).run()?)
     }
 
+    /// Plugs a device in, for the `round`th time, and waits until the guest has moved data by its engine, as it does
+    /// until the device goes.
+    ///
+    /// # Errors
+    /// What the VMM said, or all that the guest printed.
+    pub fn plug_edu(&self, address: &str, round: usize) -> anyhow::Result<()> {
+        let output = self.device("plug", &[address, "--id", "edu"])?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{said}\n{}", self.text()?);
+        self.wait_for("plugged", round)
+    }
+
     /// What the VMM holds of the host, once that stays the same: a request that was just answered has its thread and
     /// connection for a moment.
     ///

@@ -85,14 +85,7 @@ fn plugged(host: &Host, backend: &str, edu: &str) {
     let mut running = machine.with("hotplug_slots", json!(1)).backend(backend).start(host).unwrap();
     let mut held = Vec::new();
     for round in 1..=ROUNDS {
-        let output = running.device("plug", &[edu, "--id", "edu"]).unwrap();
-        assert!(
-            output.status.success(),
-            "{}\n{}",
-            String::from_utf8_lossy(&output.stderr),
-            running.text().unwrap()
-        );
-        running.wait_for("plugged", round).unwrap();
+        running.plug_edu(edu, round).unwrap();
         assert_eq!(running.devices().unwrap()[0]["backend"], json!(backend));
         let output = running.device("unplug", &["edu"]).unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -135,7 +135,7 @@ fn plugged_and_unplugged(host: &Host) {
     let mut running = machine.start(host).unwrap();
     let mut held = Vec::new();
     for round in 1..=ROUNDS {
-        plug(&running, round);
+        running.plug_edu(EDU, round).unwrap();
         if round == 1 {
             mistakes_while_it_runs(host, &running);
         }
@@ -147,7 +147,7 @@ fn plugged_and_unplugged(host: &Host) {
     // What is made once is there after the second round.
     assert_eq!(held[1], held[ROUNDS - 1], "{held:#?}");
 
-    plug(&running, ROUNDS + 1);
+    running.plug_edu(EDU, ROUNDS + 1).unwrap();
     assert_done(&running.device("unplug", &["edu", "--surprise"]).unwrap());
     assert!(running.devices().unwrap().is_empty());
     assert_eq!(
@@ -158,18 +158,6 @@ fn plugged_and_unplugged(host: &Host) {
     );
     let text = running.text().unwrap();
     assert!(text.contains("DEVICES-DONE"), "{text}");
-}
-
-fn plug(running: &Running, round: usize) {
-    let output = running.device("plug", &[EDU, "--id", "edu"]).unwrap();
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        String::from_utf8_lossy(&output.stderr),
-        running.text().unwrap()
-    );
-    // Data went through its engine, and does until it goes.
-    running.wait_for("plugged", round).unwrap();
 }
 
 fn mistakes_while_it_runs(host: &Host, running: &Running) {
