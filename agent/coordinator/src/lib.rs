@@ -3,7 +3,9 @@
 //!
 //! - [`api`]: the HTTP API, over [`server`]'s mutual TLS ([`pki`]) and [`tokens`].
 //! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it.
-//! - [`submit`]: jobs come in. [`observe`]: nodes join and report.
+//! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report.
+//! - [`policy`]: pools, tenants and jobs as the scheduler knows them; [`quotas`]: whether they fit.
+//! - [`operate`]: what operators do; [`audit`]: what they did. [`remedy`]: what would help.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
 //! - [`blobs`] and [`logs`]: content and output, in files beside the store.
@@ -15,7 +17,9 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod audit;
 pub mod blobs;
+pub mod check;
 pub mod clock;
 pub mod coordinator;
 pub mod desired;
@@ -24,9 +28,13 @@ pub mod logs;
 pub mod metrics;
 pub mod network;
 pub mod observe;
+pub mod operate;
 pub mod pki;
+pub mod policy;
+pub mod quotas;
 pub mod reconcile;
 pub mod records;
+pub mod remedy;
 pub mod server;
 pub mod store;
 pub mod submit;
