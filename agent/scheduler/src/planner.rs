@@ -38,7 +38,7 @@ impl Planner {
             let reason = match pool {
                 None => Reason::NoPool { pool: gang.pool.clone() },
                 Some(pool) => match self.placers[pool].place(cluster, gang, gang.tasks.max, &|_| true) {
-                    Err(shortage) => Reason::Shortage(shortage),
+                    Err(shortage) => Reason::Shortage(Arc::new(shortage)),
                     Ok(tasks) => {
                         let running = Running {
                             gang: Arc::clone(gang),
@@ -54,7 +54,7 @@ impl Planner {
                     }
                 },
             };
-            plan.waiting.push(Waiting { gang: gang.id.clone(), reason });
+            plan.waiting.push(Waiting { gang: gang.id.clone(), reason, expected_ms: None, after: None });
         }
         plan
     }
