@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+use lathe_api::HostPciAddress;
 use lathe_api::artefact::{Dataset, Digest, Image};
 use lathe_api::job::Job;
 use lathe_api::node::{Inventory, NodeState};
@@ -105,9 +106,12 @@ pub struct Allocation {
     pub cpus: u32,
     /// Bytes.
     pub memory_bytes: u64,
-    /// GPUs; which ones is the node's choice. Records of before there were any have none.
-    #[serde(default)]
-    pub gpus: u32,
+    /// Its GPUs, as the node names them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<HostPciAddress>,
+    /// The NUMA node that its CPUs and memory come from, if from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa: Option<u8>,
     /// Its address.
     pub address: Ipv4Addr,
 }
@@ -143,6 +147,9 @@ pub struct JobRecord {
     /// Why the gang had to start again, if it had to.
     #[serde(default)]
     pub restart_reason: Option<String>,
+    /// When the present attempt was placed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placed_ms: Option<u64>,
     /// A cancel was asked for.
     pub cancelled: bool,
     /// The present attempt is being stopped, and why.
@@ -207,7 +214,8 @@ pub async fn load<T: DeserializeOwned>(
     store: &dyn Store,
     key: &str,
 ) -> Result<Option<Versioned<T>>, StoreError> {
-    store.get(key).await?.map(|entry| decode(&entry)).transpose()
+    let entry = store.get(key).await?;
+    entry.map(|entry| decode(&entry.key, &entry.value, entry.revision)).transpose()
 }
 
 /// Reads all records under a prefix, with the rest of each key.
@@ -229,14 +237,23 @@ pub fn of_prefix<'a, T: DeserializeOwned>(
 ) -> impl Iterator<Item = Result<(String, Versioned<T>), StoreError>> + 'a {
     entries.iter().filter_map(move |entry| {
         let rest = entry.key.strip_prefix(prefix)?;
-        Some(decode(entry).map(|record| (rest.to_owned(), record)))
+        let record = decode(&entry.key, &entry.value, entry.revision);
+        Some(record.map(|record| (rest.to_owned(), record)))
     })
 }
 
-fn decode<T: DeserializeOwned>(entry: &Entry) -> Result<Versioned<T>, StoreError> {
-    serde_json::from_slice(&entry.value)
-        .map(|value| Versioned { value, revision: entry.revision })
-        .map_err(|source| StoreError::Corrupt { key: entry.key.clone(), reason: source.to_string() })
+/// A record from what the store holds.
+///
+/// # Errors
+/// When it does not decode.
+pub fn decode<T: DeserializeOwned>(
+    key: &str,
+    value: &[u8],
+    revision: Revision,
+) -> Result<Versioned<T>, StoreError> {
+    serde_json::from_slice(value)
+        .map(|value| Versioned { value, revision })
+        .map_err(|source| StoreError::Corrupt { key: key.to_owned(), reason: source.to_string() })
 }
 
 /// A write of a record.
