@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::MemorySize;
 use crate::artefact::Digest;
+use crate::pool::DEFAULT_POOL;
+use crate::scheduling::{Communication, Constraint, Isolation, Preference, Toleration, Topology};
+use crate::{MemorySize, TimeSpan};
 
 /// How strongly a sandbox is isolated, and by what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -42,6 +44,10 @@ pub struct JobSpec {
     /// The gang's size: all tasks run at once or none does. 1 to 1024.
     #[serde(default = "one")]
     pub tasks: u32,
+    /// Makes the gang elastic: it starts and goes on with as few tasks as this, and has up to `tasks`
+    /// when there is room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tasks_min: Option<u32>,
     /// What each task gets.
     #[serde(default)]
     pub resources: Resources,
@@ -51,9 +57,44 @@ pub struct JobSpec {
     /// What happens when a task fails.
     #[serde(default)]
     pub restart: RestartPolicy,
-    /// Seconds between SIGTERM and SIGKILL.
+    /// Seconds between SIGTERM and SIGKILL. A job that is stopped for another gets SIGTERM too: it is
+    /// the signal to write a checkpoint.
     #[serde(default = "grace")]
     pub grace_seconds: u32,
+    /// The pool that it runs in.
+    #[serde(default = "default_pool")]
+    pub pool: String,
+    /// Higher goes first where the pool's policy looks at it; -1000 to 1000.
+    #[serde(default)]
+    pub priority: i32,
+    /// It may be stopped for others (SIGTERM, its grace period, SIGKILL), and starts again later.
+    #[serde(default)]
+    pub preemptible: bool,
+    /// How long it will run, if its owner knows. Policies plan with it; nothing ends at it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<TimeSpan>,
+    /// Within what the whole gang must be.
+    #[serde(default)]
+    pub topology: Topology,
+    /// What it does not share with other tenants.
+    #[serde(default)]
+    pub isolation: Isolation,
+    /// How its tasks talk to each other: those that talk much are put near each other.
+    #[serde(default)]
+    pub communication: Communication,
+    /// What every node that it runs on must fulfil.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub constraints: Vec<Constraint>,
+    /// What nodes should fulfil if they can.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preferences: Vec<Preference>,
+    /// Taints of nodes that do not keep it away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
+}
+
+fn default_pool() -> String {
+    DEFAULT_POOL.to_owned()
 }
 
 fn one() -> u32 {
@@ -77,11 +118,29 @@ pub struct Resources {
     pub disk: Option<MemorySize>,
     /// Whole GPUs, passed through: 0 to 64, in class microvm alone.
     pub gpus: u32,
+    /// Models of GPU that do, as `lathe gpu list` shows them; all if empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gpu_models: Vec<String>,
+    /// Memory that each GPU must have at least.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<MemorySize>,
+    /// A MIG instance of this profile (`1g.10gb`) instead of a whole GPU. Not available yet: refused with
+    /// a clear error unless a node reports the profile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_profile: Option<String>,
 }
 
 impl Default for Resources {
     fn default() -> Self {
-        Self { cpus: 1, memory: MemorySize::from_mib(256), disk: None, gpus: 0 }
+        Self {
+            cpus: 1,
+            memory: MemorySize::from_mib(256),
+            disk: None,
+            gpus: 0,
+            gpu_models: Vec::new(),
+            gpu_memory: None,
+            gpu_profile: None,
+        }
     }
 }
 
@@ -124,6 +183,9 @@ pub enum JobState {
     Succeeded,
     /// A task failed and no restart is left.
     Failed,
+    /// It makes room for another job: sandboxes are being stopped (SIGTERM, grace, SIGKILL), then it
+    /// waits again.
+    Preempting,
     /// A cancel was asked for; sandboxes are being stopped.
     Cancelling,
     /// Stopped on request.
@@ -153,6 +215,22 @@ pub struct Job {
     /// Why it is pending, or why it failed. One line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// When it is expected to start, milliseconds since the Unix epoch; absent if it does not wait, or
+    /// nobody can tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_start_ms: Option<u64>,
+    /// The job whose end or start it waits for; absent if that is another tenant's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+    /// Why it was placed where it is. One line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// How many tasks it has now, if it is elastic and placed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u32>,
+    /// How often it was stopped for another job.
+    #[serde(default)]
+    pub preemptions: u32,
     /// Which start of the gang this is, from 1; 0 before the first.
     pub attempt: u32,
     /// Its tasks, by rank; of the current attempt.

@@ -1,7 +1,9 @@
 //! Types of Lathe's HTTP APIs, shared by coordinator, agents and the command line, and the client.
 //!
 //! - [`job`]: what users submit and see: jobs, tasks, their states and reasons.
-//! - [`node`]: what agents report: inventory, observed sandboxes.
+//! - [`scheduling`]: what jobs ask of where they run, and what is decided about them.
+//! - [`pool`]: pools and tenants, their quotas and policies.
+//! - [`node`]: what agents report: inventory, observed sandboxes; what operators do to nodes.
 //! - [`gpu`]: the GPUs among it, their states and problems.
 //! - [`sandbox`]: what the coordinator wants of a node: desired sandboxes and its network.
 //! - [`artefact`]: images and datasets, by digest.
@@ -18,8 +20,12 @@ pub mod client;
 pub mod gpu;
 pub mod job;
 pub mod node;
+pub mod pool;
 pub mod problem;
 pub mod sandbox;
+pub mod scheduling;
+mod time_span;
 pub mod token;
 
 pub use lathe_vmm::config::{HostPciAddress, MemorySize};
+pub use time_span::{ParseTimeSpanError, TimeSpan};

@@ -1,4 +1,6 @@
-//! Nodes: what agents register and report.
+//! Nodes: what agents register and report, and what operators do to them.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -6,6 +8,7 @@ use utoipa::ToSchema;
 use crate::MemorySize;
 use crate::gpu::Gpu;
 use crate::job::{IsolationClass, Stages, TaskExit, TaskState, Usage};
+use crate::scheduling::Taint;
 
 /// What a host has. Read from the kernel at registration and again when it may have changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -39,7 +42,16 @@ pub struct Inventory {
     pub classes: Vec<IsolationClass>,
     /// One line for each class that cannot run here.
     pub class_problems: Vec<String>,
+    /// What the agent was told to say of the host (`lathe-agent --label KEY=VALUE`). An operator's labels
+    /// go before them.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
+
+/// Label of the network switch that a node hangs on; nodes with the same value are near each other.
+pub const LEAF_LABEL: &str = "lathe.leaf";
+/// Label of the rack that a node stands in.
+pub const RACK_LABEL: &str = "lathe.rack";
 
 /// CPUs and their topology.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -132,6 +144,73 @@ pub enum NodeState {
     Lost,
 }
 
+/// Whether a node takes new work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "is", content = "reason", rename_all = "snake_case")]
+pub enum NodeOffer {
+    /// It does.
+    #[default]
+    Open,
+    /// An operator said that it takes no more; what runs stays.
+    Cordoned(String),
+    /// An operator wants it empty: what may move is moved.
+    Draining(String),
+    /// It refused placements, or lost tasks, again and again.
+    Suspected(String),
+}
+
+/// A time during which a node will not be there: nothing is placed that would not be done before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MaintenanceWindow {
+    /// Milliseconds since the Unix epoch.
+    pub from_ms: u64,
+    /// Milliseconds since the Unix epoch; not included.
+    pub until_ms: u64,
+    /// What for, one line.
+    pub reason: String,
+}
+
+/// What an operator does to a node: body of `POST /v1/nodes/{name}/operations` (admin).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "operation", rename_all = "snake_case", deny_unknown_fields)]
+pub enum NodeOperation {
+    /// It takes no more work; what runs stays.
+    Cordon {
+        /// Why, one line.
+        reason: String,
+    },
+    /// It takes work again: ends a cordon, a drain and suspicion.
+    Uncordon,
+    /// It takes no more work, and what may move is moved.
+    Drain {
+        /// Why, one line.
+        reason: String,
+    },
+    /// It will not be there.
+    Maintain(MaintenanceWindow),
+    /// It will be there: forgets all its maintenance windows.
+    EndMaintenance,
+    /// Sets and removes labels; those of the agent stay beneath.
+    Label {
+        /// To set.
+        #[serde(default)]
+        set: BTreeMap<String, String>,
+        /// To remove.
+        #[serde(default)]
+        remove: Vec<String>,
+    },
+    /// Sets and removes taints.
+    Taint {
+        /// To set; one with the same key is replaced.
+        #[serde(default)]
+        set: Vec<Taint>,
+        /// Keys to remove.
+        #[serde(default)]
+        remove: Vec<String>,
+    },
+}
+
 /// A node as the API shows it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Node {
@@ -152,6 +231,21 @@ pub struct Node {
     /// GPUs promised to tasks.
     #[serde(default)]
     pub allocated_gpus: u32,
+    /// Whether it takes new work.
+    #[serde(default)]
+    pub offer: NodeOffer,
+    /// The agent's labels with the operator's above them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Keep away what does not tolerate them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taints: Vec<Taint>,
+    /// When it will not be there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub maintenance: Vec<MaintenanceWindow>,
+    /// Pools that it belongs to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pools: Vec<String>,
     /// Milliseconds since the Unix epoch.
     pub last_heartbeat_ms: u64,
 }

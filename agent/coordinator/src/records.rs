@@ -12,6 +12,10 @@
 //! | `jobs/sequence` | how many jobs were submitted |
 //! | `images/NAME`, `datasets/NAME` | [`Owned`] image or dataset |
 //! | `tokens/ID` | [`TokenRecord`] |
+//! | `pools/NAME`, `tenants/NAME` | [`Pool`](lathe_api::pool::Pool), [`Tenant`](lathe_api::pool::Tenant), as they were set |
+//! | `operations/NODE` | [`Operations`]: what operators want of a node |
+//! | `audit/SLOT` | [`AuditEntry`](lathe_api::scheduling::AuditEntry): a ring of what operators did |
+//! | `audit-sequence` | how much they did |
 //!
 //! `allocations/NODE` is the record that placements on a node compare and swap: two plans that were
 //! made from the same snapshot cannot both take the last CPU.
@@ -22,8 +26,9 @@ use std::net::Ipv4Addr;
 use lathe_api::HostPciAddress;
 use lathe_api::artefact::{Dataset, Digest, Image};
 use lathe_api::job::Job;
-use lathe_api::node::{Inventory, NodeState};
+use lathe_api::node::{Inventory, MaintenanceWindow, NodeOffer, NodeState};
 use lathe_api::sandbox::Desired;
+use lathe_api::scheduling::{DecidedBy, Decision, DecisionKind, Taint};
 use lathe_api::token::TokenInfo;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -54,6 +59,22 @@ pub const IMAGES: &str = "images/";
 pub const DATASETS: &str = "datasets/";
 /// Prefix of tokens.
 pub const TOKENS: &str = "tokens/";
+/// Prefix of pools.
+pub const POOLS: &str = "pools/";
+/// Prefix of tenants.
+pub const TENANTS: &str = "tenants/";
+/// Prefix of what operators want of nodes.
+pub const OPERATIONS: &str = "operations/";
+/// Prefix of what operators did.
+pub const AUDIT: &str = "audit/";
+/// Key of how much operators did: the sequence of the last entry.
+pub const AUDIT_SEQUENCE: &str = "audit-sequence";
+
+/// Decisions kept of a job: its first ones, and the latest. A job that is stopped for others every
+/// minute must not grow its record, which is read in every round.
+const MAX_DECISIONS: usize = 32;
+/// Of them the first that are kept.
+const FIRST_DECISIONS: usize = 4;
 
 /// What `init` decided.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +108,29 @@ pub struct NodeRecord {
     pub last_heartbeat_ms: u64,
     /// Of its `alive/` key.
     pub lease: Option<LeaseId>,
+}
+
+/// What operators want of a node. Apart from [`NodeRecord`], which every change of the host writes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Operations {
+    /// Open, cordoned or draining; suspicion is not an operator's.
+    pub offer: NodeOffer,
+    /// Above those of the agent.
+    pub labels: BTreeMap<String, String>,
+    /// By key, unique.
+    pub taints: Vec<Taint>,
+    /// By time.
+    pub maintenance: Vec<MaintenanceWindow>,
+}
+
+impl Operations {
+    /// The node's labels: the agent's with the operator's above them.
+    pub fn labels_of(&self, inventory: &Inventory) -> BTreeMap<String, String> {
+        let mut labels = inventory.labels.clone();
+        labels.extend(self.labels.clone());
+        labels
+    }
 }
 
 /// What the sandboxes of one node take of it.
@@ -154,6 +198,20 @@ pub struct JobRecord {
     pub cancelled: bool,
     /// The present attempt is being stopped, and why.
     pub stopping: Option<Stopping>,
+    /// What was decided about it, oldest first.
+    #[serde(default)]
+    pub decisions: Vec<Decision>,
+}
+
+impl JobRecord {
+    /// Adds to the job's history, which stays bounded.
+    pub fn decide(&mut self, kind: DecisionKind, by: DecidedBy, why: impl Into<String>, now_ms: u64) {
+        let decision = Decision { time_ms: now_ms, attempt: self.job.attempt, kind, by, why: why.into() };
+        if self.decisions.len() >= MAX_DECISIONS {
+            self.decisions.remove(FIRST_DECISIONS);
+        }
+        self.decisions.push(decision);
+    }
 }
 
 /// Why an attempt is being stopped.
@@ -175,6 +233,8 @@ pub enum Cause {
     Loss,
     /// Somebody cancelled it.
     Cancel,
+    /// The policy, or an operator, needs its room.
+    Preemption,
 }
 
 /// An image or dataset with the tenant that may change what its name means.

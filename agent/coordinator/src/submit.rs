@@ -95,6 +95,11 @@ pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> R
             image_digest: image.digest,
             state: JobState::Pending,
             reason: None,
+            expected_start_ms: None,
+            after: None,
+            why: None,
+            size: None,
+            preemptions: 0,
             attempt: 0,
             tasks: fresh_tasks(spec.tasks),
             submitted_ms: now_ms(),
@@ -111,6 +116,7 @@ pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> R
             restart_reason: None,
             cancelled: false,
             stopping: None,
+            decisions: Vec::new(),
         };
         let key = format!("{ACTIVE_JOBS}{id}");
         let transaction = Transaction {

@@ -337,6 +337,7 @@ fn state_name(state: JobState) -> &'static str {
         JobState::Running => "running",
         JobState::Succeeded => "succeeded",
         JobState::Failed => "failed",
+        JobState::Preempting => "preempting",
         JobState::Cancelling => "cancelling",
         JobState::Cancelled => "cancelled",
     }

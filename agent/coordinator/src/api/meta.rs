@@ -69,11 +69,12 @@ async fn cluster_gauges(coordinator: &Coordinator, page: &mut Page) -> Result<()
     Ok(())
 }
 
-const JOB_STATES: [(JobState, &str); 6] = [
+const JOB_STATES: [(JobState, &str); 7] = [
     (JobState::Pending, "pending"),
     (JobState::Running, "running"),
     (JobState::Succeeded, "succeeded"),
     (JobState::Failed, "failed"),
+    (JobState::Preempting, "preempting"),
     (JobState::Cancelling, "cancelling"),
     (JobState::Cancelled, "cancelled"),
 ];

@@ -11,7 +11,9 @@ use lathe_api::problem::Problem;
 use super::error::ApiError;
 use super::extract::User;
 use crate::coordinator::Coordinator;
-use crate::records::{ALLOCATIONS, Allocations, NODES, NodeRecord, Versioned, of_prefix};
+use crate::records::{
+    ALLOCATIONS, Allocations, NODES, NodeRecord, OPERATIONS, Operations, Versioned, of_prefix,
+};
 
 /// All nodes, by name.
 #[utoipa::path(get, path = "/v1/nodes", tag = "nodes",
@@ -37,15 +39,23 @@ pub async fn show(
 
 /// All nodes as the API shows them.
 pub(super) async fn nodes(coordinator: &Coordinator) -> Result<Vec<Node>, ApiError> {
-    let listing = coordinator.store.list(&[NODES, ALLOCATIONS]).await?;
+    let listing = coordinator.store.list(&[NODES, ALLOCATIONS, OPERATIONS]).await?;
     let allocations: HashMap<String, Versioned<Allocations>> =
         of_prefix(&listing.entries, ALLOCATIONS).collect::<Result<_, _>>()?;
+    let mut operations: HashMap<String, Versioned<Operations>> =
+        of_prefix(&listing.entries, OPERATIONS).collect::<Result<_, _>>()?;
     let live = coordinator.live();
     of_prefix::<NodeRecord>(&listing.entries, NODES)
         .map(|record| {
             let (name, Versioned { value, .. }) = record?;
             let used = || allocations.get(&name).into_iter().flat_map(|of| of.value.sandboxes.values());
+            let operations = operations.remove(&name).map(|of| of.value).unwrap_or_default();
             Ok(Node {
+                labels: operations.labels_of(&value.inventory),
+                offer: operations.offer,
+                taints: operations.taints,
+                maintenance: operations.maintenance,
+                pools: Vec::new(),
                 address: value.address,
                 subnet: value.subnet,
                 state: value.state,

@@ -6,6 +6,7 @@
 
 use lathe_api::job::{Job, JobState, Task, TaskExit, TaskState};
 use lathe_api::sandbox::Desired;
+use lathe_api::scheduling::{DecidedBy, DecisionKind};
 
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
@@ -117,6 +118,7 @@ fn end_attempt(record: &mut JobRecord, stopping: &Stopping, now_ms: u64) {
     let policy = record.job.spec.restart;
     let (used, allowed, what) = match stopping.cause {
         Cause::Cancel => return finish(record, JobState::Cancelled, Some("cancelled".to_owned()), now_ms),
+        Cause::Preemption => return wait_again(record),
         Cause::Failure => (&mut record.failures, policy.on_failure, "restart.on_failure"),
         Cause::Loss => (&mut record.losses, policy.on_loss, "restart.on_loss"),
     };
@@ -126,10 +128,19 @@ fn end_attempt(record: &mut JobRecord, stopping: &Stopping, now_ms: u64) {
         return finish(record, JobState::Failed, Some(reason), now_ms);
     }
     *used += 1;
-    record.stopping = None;
-    record.job.state = JobState::Pending;
     record.restart_reason = Some(format!("attempt {} ended: {}", record.job.attempt, stopping.reason));
     record.job.reason.clone_from(&record.restart_reason);
+    let why = stopping.reason.clone();
+    record.decide(DecisionKind::Restarted, DecidedBy::Failure, why, now_ms);
+    wait_again(record);
+}
+
+/// The gang is back in the queue, as it was before it was placed.
+fn wait_again(record: &mut JobRecord) {
+    record.stopping = None;
+    record.job.state = JobState::Pending;
+    record.job.why = None;
+    record.job.size = None;
     record.job.tasks = fresh_tasks(record.job.spec.tasks);
 }
 
