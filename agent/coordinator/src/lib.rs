@@ -2,9 +2,11 @@
 //! the two together.
 //!
 //! - [`api`]: the HTTP API, over [`server`]'s mutual TLS ([`pki`]) and [`tokens`].
-//! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it.
-//! - [`submit`]: jobs come in. [`observe`]: nodes join and report.
-//! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`.
+//! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it; [`state`]: the same,
+//!   decoded and in memory. [`sequence`]: numbers of jobs.
+//! - [`submit`]: jobs come in. [`observe`]: nodes join and report. [`suspicion`]: nodes that refuse.
+//! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
+//!   jobs wait.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
 //! - [`blobs`] and [`logs`]: content and output, in files beside the store.
 //! - [`init`]: makes a cluster.
@@ -19,6 +21,7 @@ pub mod blobs;
 pub mod clock;
 pub mod coordinator;
 pub mod desired;
+pub mod explain;
 pub mod init;
 pub mod logs;
 pub mod metrics;
@@ -27,7 +30,10 @@ pub mod observe;
 pub mod pki;
 pub mod reconcile;
 pub mod records;
+pub mod sequence;
 pub mod server;
+pub mod state;
 pub mod store;
 pub mod submit;
+pub mod suspicion;
 pub mod tokens;

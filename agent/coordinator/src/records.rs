@@ -30,6 +30,7 @@ use lathe_api::node::{Inventory, MaintenanceWindow, NodeOffer, NodeState};
 use lathe_api::sandbox::Desired;
 use lathe_api::scheduling::{DecidedBy, Decision, DecisionKind, Taint};
 use lathe_api::token::TokenInfo;
+use lathe_scheduler::Amount;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -160,6 +161,18 @@ pub struct Allocation {
     pub address: Ipv4Addr,
 }
 
+impl Allocation {
+    /// What of it adds up.
+    pub fn amount(&self) -> Amount {
+        Amount {
+            cpu_milli: u64::from(self.cpus) * 1000,
+            memory_bytes: self.memory_bytes,
+            hugepage_bytes: 0,
+            sandboxes: 1,
+        }
+    }
+}
+
 /// A sandbox that should exist on a node. The rest of its description follows from its job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
@@ -235,6 +248,8 @@ pub enum Cause {
     Cancel,
     /// The policy, or an operator, needs its room.
     Preemption,
+    /// It starts again with more or fewer tasks.
+    Resize,
 }
 
 /// An image or dataset with the tenant that may change what its name means.

@@ -9,7 +9,7 @@ use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
 use crate::reconcile::fresh_tasks;
 use crate::records::{
-    ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JOB_SEQUENCE, JobRecord, Owned, Versioned, load, put,
+    ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JobRecord, Owned, Versioned, load, put,
 };
 use crate::store::{Outcome, StoreError, Transaction};
 use crate::tokens;
@@ -87,8 +87,7 @@ pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> R
     let store = &*coordinator.store;
     for _ in 0..ATTEMPTS {
         let id = format!("{}-{}", spec.name, tokens::random_hex(3)?);
-        let sequence = load::<u64>(store, JOB_SEQUENCE).await?;
-        let next = sequence.as_ref().map_or(0, |sequence| sequence.value) + 1;
+        let next = coordinator.sequence.next(store).await?;
         let job = Job {
             id: id.clone(),
             tenant: tenant.to_owned(),
@@ -116,23 +115,20 @@ pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> R
             restart_reason: None,
             cancelled: false,
             stopping: None,
+            placed_ms: None,
             decisions: Vec::new(),
         };
         let key = format!("{ACTIVE_JOBS}{id}");
         let transaction = Transaction {
-            expect: vec![
-                (JOB_SEQUENCE.to_owned(), sequence.map(|sequence| sequence.revision)),
-                (key.clone(), None),
-                (format!("{ENDED_JOBS}{id}"), None),
-            ],
-            writes: vec![put(JOB_SEQUENCE, &next)?, put(key, &record)?],
+            expect: vec![(key.clone(), None), (format!("{ENDED_JOBS}{id}"), None)],
+            writes: vec![put(key, &record)?],
         };
         if let Outcome::Committed(_) = store.commit(transaction).await? {
             tracing::info!(job = id, tenant, tasks = spec.tasks, "job submitted");
             return Ok(job);
         }
     }
-    Err(StoreError::Contended(JOB_SEQUENCE.to_owned()).into())
+    Err(StoreError::Contended(ACTIVE_JOBS.to_owned()).into())
 }
 
 /// Asks for a job to be cancelled. One that has ended stays as it is.

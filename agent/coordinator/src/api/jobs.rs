@@ -54,7 +54,12 @@ pub async fn list(
         active.chain(ended).map(|record| record.map(|(_, record)| record.value)).collect::<Result<_, _>>()?;
     records.retain(|record| user.may(&record.job.tenant));
     records.sort_by_key(|record| record.sequence);
-    Ok(axum::Json(records.into_iter().map(|record| record.job).collect()))
+    let complete = |record: JobRecord| {
+        let mut job = record.job;
+        coordinator.explanations.complete(&mut job);
+        job
+    };
+    Ok(axum::Json(records.into_iter().map(complete).collect()))
 }
 
 /// One job.
@@ -97,21 +102,20 @@ pub async fn watch(
 
 async fn watch_job(coordinator: &Coordinator, id: &str, lines: &Lines) {
     let mut told: Option<Job> = None;
+    let mut changed = coordinator.view.watch_job(id);
     loop {
         // Before the job is read, so that no change after reading is missed.
-        let Ok(revision) = coordinator.store.list(&[]).await.map(|listing| listing.revision) else { return };
+        changed.mark_unchanged();
         let Ok(Some(record)) = submit::find_job(coordinator, id).await else { return };
-        let job = record.value.job;
+        let mut job = record.value.job;
+        coordinator.explanations.complete(&mut job);
         if told.as_ref() != Some(&job) && lines.send(&job).await.is_err() || job.state.is_terminal() {
             return;
         }
         told = Some(job);
-        // Falling behind is no loss: the job is read again.
-        if let Ok(mut watch) = coordinator.store.watch(revision) {
-            tokio::select! {
-                _ = watch.next() => {}
-                () = lines.closed() => return,
-            }
+        tokio::select! {
+            changed = changed.changed() => if changed.is_err() { return },
+            () = lines.closed() => return,
         }
     }
 }
@@ -220,7 +224,11 @@ async fn send_logs(
 /// The job, if the caller may know of it; others' jobs look as if they did not exist.
 async fn find(coordinator: &Coordinator, user: &User, id: &str) -> Result<Job, ApiError> {
     match submit::find_job(coordinator, id).await? {
-        Some(record) if user.may(&record.value.job.tenant) => Ok(record.value.job),
+        Some(record) if user.may(&record.value.job.tenant) => {
+            let mut job = record.value.job;
+            coordinator.explanations.complete(&mut job);
+            Ok(job)
+        }
         _ => Err(ApiError::not_found("job", id)),
     }
 }

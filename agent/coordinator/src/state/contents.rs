@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use lathe_api::pool::{Pool, Tenant};
 use serde::de::DeserializeOwned;
 
 use crate::records::{
     ACTIVE_JOBS, ALIVE, ALLOCATIONS, ASSIGNMENTS, Allocations, Assignment, JobRecord, NODES, NodeRecord,
-    Versioned, decode,
+    OPERATIONS, Operations, POOLS, TENANTS, Versioned, decode,
 };
 use crate::store::{Entry, Event, Listing, Revision};
 
 /// What is kept.
-pub const PREFIXES: [&str; 5] = [NODES, ALIVE, ALLOCATIONS, ASSIGNMENTS, ACTIVE_JOBS];
+pub const PREFIXES: [&str; 8] =
+    [NODES, ALIVE, ALLOCATIONS, ASSIGNMENTS, ACTIVE_JOBS, OPERATIONS, POOLS, TENANTS];
 
 /// The records at one moment.
 #[derive(Clone, Debug, Default)]
@@ -29,8 +31,14 @@ pub struct Contents {
     pub assignments: BTreeMap<String, BTreeMap<String, Versioned<Assignment>>>,
     /// Jobs that have not ended.
     pub jobs: BTreeMap<String, Arc<Versioned<JobRecord>>>,
+    /// What operators want of nodes.
+    pub operations: BTreeMap<String, Arc<Versioned<Operations>>>,
+    /// As they were set.
+    pub pools: BTreeMap<String, Versioned<Pool>>,
+    /// As they were set.
+    pub tenants: BTreeMap<String, Versioned<Tenant>>,
     /// Addresses of each tenant's sandboxes.
-    pub tenants: BTreeMap<String, BTreeSet<String>>,
+    pub addresses: BTreeMap<String, BTreeSet<String>>,
     /// The other way round: sandbox to tenant and address.
     sandboxes: HashMap<String, (String, String)>,
     /// The commit that last changed a tenant's addresses.
@@ -114,6 +122,15 @@ impl Contents {
             }
             set(&mut self.nodes, node, record.map(Arc::new));
             touched.nodes.insert(node.to_owned());
+        } else if let Some(node) = key.strip_prefix(OPERATIONS) {
+            set(&mut self.operations, node, read(key, value, revision).map(Arc::new));
+            touched.nodes.insert(node.to_owned());
+        } else if let Some(name) = key.strip_prefix(POOLS) {
+            set(&mut self.pools, name, read(key, value, revision));
+            touched.settings = true;
+        } else if let Some(name) = key.strip_prefix(TENANTS) {
+            set(&mut self.tenants, name, read(key, value, revision));
+            touched.settings = true;
         } else if let Some(node) = key.strip_prefix(ALIVE) {
             set(&mut self.alive, node, value.map(|_| revision));
             touched.nodes.insert(node.to_owned());
@@ -129,16 +146,16 @@ impl Contents {
             }
             if let Some((tenant, address)) = self.sandboxes.remove(&sandbox) {
                 self.tenants_changed.insert(tenant.clone(), revision);
-                if let Some(addresses) = self.tenants.get_mut(&tenant) {
+                if let Some(addresses) = self.addresses.get_mut(&tenant) {
                     addresses.remove(&address);
                     if addresses.is_empty() {
-                        self.tenants.remove(&tenant);
+                        self.addresses.remove(&tenant);
                     }
                 }
             }
             if let Some((tenant, address)) = now {
                 self.tenants_changed.insert(tenant.clone(), revision);
-                self.tenants.entry(tenant.clone()).or_default().insert(address.clone());
+                self.addresses.entry(tenant.clone()).or_default().insert(address.clone());
                 self.sandboxes.insert(sandbox, (tenant, address));
             }
         }

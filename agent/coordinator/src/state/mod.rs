@@ -153,9 +153,26 @@ impl View {
         self.topics.tell_jobs();
     }
 
+    /// What is known of a node beside its records changed.
+    pub fn touch(&self, node: &str) {
+        self.unseen().nodes.insert(node.to_owned());
+        self.news.notify_one();
+    }
+
     /// What changed since this was last called, for the reconciler alone.
     pub fn take_unseen(&self) -> Unseen {
         std::mem::take(&mut *self.unseen())
+    }
+
+    /// These are to be looked at again.
+    pub fn unsee(&self, again: Unseen) {
+        let mut unseen = self.unseen();
+        unseen.all |= again.all;
+        unseen.nodes.extend(again.nodes);
+        unseen.jobs.extend(again.jobs);
+        unseen.settings |= again.settings;
+        drop(unseen);
+        self.news.notify_one();
     }
 
     /// Everything is to be looked at again.
