@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::MemorySize;
+use crate::artefact::Digest;
 use crate::gpu::Gpu;
 use crate::job::{IsolationClass, Stages, TaskExit, TaskState, Usage};
 use crate::scheduling::Taint;
@@ -46,6 +47,22 @@ pub struct Inventory {
     /// go before them.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// Images and datasets that are here, so that work that needs them can come to them; the largest
+    /// [`MAX_ARTEFACTS`], by digest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub artefacts: Vec<CachedArtefact>,
+}
+
+/// Most artefacts that a report lists: what is beyond costs a transfer, not correctness.
+pub const MAX_ARTEFACTS: usize = 1024;
+
+/// An image or dataset in a node's cache.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct CachedArtefact {
+    /// Of its manifest.
+    pub digest: Digest,
+    /// What it takes here.
+    pub bytes: u64,
 }
 
 /// Label of the network switch that a node hangs on; nodes with the same value are near each other.

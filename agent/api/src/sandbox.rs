@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::HostPciAddress;
 use crate::artefact::{Dataset, Image};
 use crate::job::{IsolationClass, Resources};
 
@@ -12,8 +13,10 @@ use crate::job::{IsolationClass, Resources};
 pub struct NodeDesired {
     /// The store's revision this was read at.
     pub revision: u64,
-    /// What the sandboxes' network looks like from this node.
-    pub network: NodeNetwork,
+    /// What the sandboxes' network looks like from this node. The first line of a stream has it, later
+    /// ones only when it changed: it is long, and grows with the cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NodeNetwork>,
     /// Every sandbox that should exist here, running or stopping. One the agent knows and that is not
     /// listed is stopped and forgotten.
     pub sandboxes: Vec<SandboxSpec>,
@@ -26,9 +29,32 @@ pub struct NodeNetwork {
     pub subnet: String,
     /// The other nodes' subnets.
     pub routes: Vec<Route>,
-    /// The addresses of each tenant's sandboxes in the whole cluster. Sandboxes talk within
-    /// their tenant only.
+    /// The addresses of the sandboxes, in the whole cluster, of each tenant that has one here. Sandboxes
+    /// talk within their tenant only. Told with a delay of seconds for what is not of this node; a
+    /// gang's own addresses are in [`SandboxSpec::hosts`] at once.
     pub tenants: Vec<TenantAddresses>,
+}
+
+impl NodeDesired {
+    /// The network with the gangs' addresses that are known from the sandboxes alone.
+    pub fn network_with_gangs(&self) -> NodeNetwork {
+        let mut network = self.network.clone().unwrap_or_default();
+        for spec in &self.sandboxes {
+            let at = network.tenants.iter().position(|tenant| tenant.tenant == spec.tenant);
+            let at = at.unwrap_or_else(|| {
+                let addresses = Vec::new();
+                network.tenants.push(TenantAddresses { tenant: spec.tenant.clone(), addresses });
+                network.tenants.len() - 1
+            });
+            let own = std::iter::once(&spec.address).chain(spec.hosts.iter().map(|(address, _)| address));
+            network.tenants[at].addresses.extend(own.cloned());
+        }
+        for tenant in &mut network.tenants {
+            tenant.addresses.sort_unstable();
+            tenant.addresses.dedup();
+        }
+        network
+    }
 }
 
 /// A subnet behind another node.
@@ -74,6 +100,14 @@ pub struct SandboxSpec {
     pub env: Vec<(String, String)>,
     /// The carve.
     pub resources: Resources,
+    /// The GPUs it gets: these and no others. Where there are none and `resources` has a number, the
+    /// node chooses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub gpus: Vec<HostPciAddress>,
+    /// The NUMA node that its CPUs and memory should come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa_node: Option<u32>,
     /// Datasets and where they appear.
     pub datasets: Vec<SandboxDataset>,
     /// Its address, in the node's subnet.

@@ -8,17 +8,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::blobs::{BlobError, Blobs};
+use crate::dry_run::DryRuns;
+use crate::explain::Explanations;
 use crate::init::STORE_FILE;
 use crate::logs::{LogError, Logs};
 use crate::metrics::Metrics;
 use crate::network::Cidr;
 use crate::pki::{Authority, PkiError};
 use crate::records::{self, CLUSTER, ClusterRecord};
+use crate::sequence::Sequence;
+use crate::state::View;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
+use crate::suspicion::Refusals;
 
 /// File of the address the running coordinator listens on, for tools on the same machine.
 pub const ADDRESS_FILE: &str = "address";
@@ -74,11 +79,20 @@ pub struct Coordinator {
     pub options: Options,
     /// Counters.
     pub metrics: Metrics,
+    /// The store's records in memory.
+    pub view: Arc<View>,
+    /// Numbers of jobs.
+    pub sequence: Sequence,
+    /// Why jobs wait.
+    pub explanations: Explanations,
+    /// What would become of jobs.
+    pub dry_runs: DryRuns,
     /// Wakes the reconciler.
     pub changed: Notify,
     /// Ends everything.
     pub shutdown: CancellationToken,
     live: Mutex<HashMap<String, Live>>,
+    _follower: DropGuard,
 }
 
 /// What is known of a node from its reports since this process started.
@@ -91,6 +105,8 @@ pub struct Live {
     pub strays: usize,
     /// Sandboxes that were reported before and are missing, and in how many reports in a row.
     pub missing: HashMap<String, u32>,
+    /// What it refused or could not start.
+    pub refusals: Refusals,
 }
 
 impl Coordinator {
@@ -112,8 +128,18 @@ impl Coordinator {
         let cidr = cluster.cidr.parse().map_err(|source: crate::network::ParseCidrError| {
             StoreError::Corrupt { key: CLUSTER.to_owned(), reason: source.to_string() }
         })?;
+        let store: Arc<dyn Store> = Arc::new(store);
+        let view = Arc::new(View::load(&*store).await?);
+        let followed = CancellationToken::new();
+        let (follower, of, ended) = (Arc::clone(&view), Arc::clone(&store), followed.clone());
+        tokio::spawn(async move { ended.run_until_cancelled(follower.follow(of)).await });
         Ok(Self {
-            store: Arc::new(store),
+            store,
+            view,
+            sequence: Sequence::default(),
+            explanations: Explanations::default(),
+            dry_runs: DryRuns::default(),
+            _follower: followed.drop_guard(),
             blobs: Blobs::open(&dir.join("blobs"), options.blob_limit_bytes)?,
             logs: Logs::open(&dir.join("logs"), options.log_limit_bytes)?,
             authority: Authority::load(dir)?,

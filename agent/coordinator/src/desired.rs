@@ -1,73 +1,69 @@
 //! What the coordinator wants of a node: assignments and their jobs put together.
 //!
-//! A pure function of one listing of the store, so that it can be computed again after every change
-//! and compared with what the node was last told.
-
-use std::collections::BTreeMap;
+//! A pure function of the records, so that it can be computed again after every change and compared
+//! with what the node was last told.
 
 use lathe_api::job::Job;
 use lathe_api::sandbox::{NodeDesired, NodeNetwork, Route, SandboxDataset, SandboxSpec, TenantAddresses};
 
-use crate::records::{
-    ACTIVE_JOBS, ASSIGNMENTS, Assignment, JobRecord, NODES, NodeRecord, Versioned, of_prefix,
-};
-use crate::store::{Listing, StoreError};
-
-/// What [`node_desired`] needs listed.
-pub const PREFIXES: [&str; 3] = [NODES, ASSIGNMENTS, ACTIVE_JOBS];
+use crate::records::{Assignment, JobRecord};
+use crate::state::Contents;
 
 /// Port rank 0 listens on; torchrun's default.
 const MASTER_PORT: u16 = 29500;
 
-/// The desired state of a node; none if it is not registered.
-///
-/// # Errors
-/// When a record does not decode.
-pub fn node_desired(listing: &Listing, node: &str) -> Result<Option<NodeDesired>, StoreError> {
-    let mut subnet = None;
-    let mut routes = Vec::new();
-    for record in of_prefix::<NodeRecord>(&listing.entries, NODES) {
-        let (name, Versioned { value, .. }) = record?;
-        if name == node {
-            subnet = Some(value.subnet);
-        } else if !value.address.is_empty() {
-            // Also nodes that are lost: they may be back any moment, with the same subnet.
-            routes.push(Route { subnet: value.subnet, via: value.address });
-        }
-    }
-    let Some(subnet) = subnet else { return Ok(None) };
+/// What should be on a node, without its network; none if it is not registered.
+pub fn node_desired(contents: &Contents, node: &str) -> Option<NodeDesired> {
+    contents.nodes.get(node)?;
+    let sandboxes = contents.assigned(node).filter_map(|(sandbox, assignment)| {
+        let job = contents.jobs.get(&assignment.value.job)?;
+        sandbox_spec(contents, &job.value, &assignment.value, node, sandbox)
+    });
+    Some(NodeDesired { revision: contents.revision, network: None, sandboxes: sandboxes.collect() })
+}
 
-    let jobs: BTreeMap<String, JobRecord> = of_prefix::<JobRecord>(&listing.entries, ACTIVE_JOBS)
-        .map(|record| record.map(|(id, record)| (id, record.value)))
-        .collect::<Result<_, _>>()?;
-    let mut tenants: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    let mut sandboxes = Vec::new();
-    for record in of_prefix::<Assignment>(&listing.entries, ASSIGNMENTS) {
-        let (key, Versioned { value, .. }) = record?;
-        let Some((on, sandbox)) = key.split_once('/') else { continue };
-        let Some(job) = jobs.get(&value.job) else { continue };
-        let Some(address) = address_of(&job.job, value.rank) else { continue };
-        tenants.entry(&job.job.tenant).or_default().push(address.to_owned());
-        if on == node {
-            sandboxes.extend(sandbox_spec(job, &value, sandbox));
-        }
-    }
-    let tenants = tenants
-        .into_iter()
-        .map(|(tenant, addresses)| TenantAddresses { tenant: tenant.to_owned(), addresses })
+/// What the sandboxes' network looks like from a node; none if it is not registered.
+pub fn node_network(contents: &Contents, node: &str) -> Option<NodeNetwork> {
+    let subnet = contents.nodes.get(node)?.value.subnet.clone();
+    // Also nodes that are lost: they may be back any moment, with the same subnet.
+    let others = contents.nodes.iter().filter(|(name, of)| *name != node && !of.value.address.is_empty());
+    let routes = others
+        .map(|(_, of)| Route { subnet: of.value.subnet.clone(), via: of.value.address.clone() })
         .collect();
-    let network = NodeNetwork { subnet, routes, tenants };
-    Ok(Some(NodeDesired { revision: listing.revision, network, sandboxes }))
+    let tenants = tenants_on(contents, node)
+        .into_iter()
+        .filter_map(|tenant| {
+            let addresses = contents.addresses.get(tenant)?.iter().cloned().collect();
+            Some(TenantAddresses { tenant: tenant.to_owned(), addresses })
+        })
+        .collect();
+    Some(NodeNetwork { subnet, routes, tenants })
+}
+
+/// The commit that last changed what [`node_network`] is made of.
+pub fn network_changed(contents: &Contents, node: &str) -> u64 {
+    contents.routes_changed.max(contents.addresses_changed(tenants_on(contents, node).into_iter()))
+}
+
+fn tenants_on<'a>(contents: &'a Contents, node: &str) -> std::collections::BTreeSet<&'a str> {
+    contents.assigned(node).filter_map(|(sandbox, _)| contents.tenant_of(sandbox)).collect()
 }
 
 fn address_of(job: &Job, rank: u32) -> Option<&str> {
     job.tasks.get(rank as usize)?.address.as_deref()
 }
 
-fn sandbox_spec(record: &JobRecord, assignment: &Assignment, id: &str) -> Option<SandboxSpec> {
+fn sandbox_spec(
+    contents: &Contents,
+    record: &JobRecord,
+    assignment: &Assignment,
+    node: &str,
+    id: &str,
+) -> Option<SandboxSpec> {
     let JobRecord { job, image, datasets, .. } = record;
     let spec = &job.spec;
     let mounts = spec.datasets.iter().zip(datasets);
+    let allocation = contents.allocations.get(node).and_then(|of| of.value.sandboxes.get(id));
     Some(SandboxSpec {
         id: id.to_owned(),
         tenant: job.tenant.clone(),
@@ -80,6 +76,8 @@ fn sandbox_spec(record: &JobRecord, assignment: &Assignment, id: &str) -> Option
         args: spec.args.clone(),
         env: environment(job, assignment.rank)?,
         resources: spec.resources.clone(),
+        gpus: allocation.map(|allocation| allocation.gpus.clone()).unwrap_or_default(),
+        numa_node: allocation.and_then(|allocation| allocation.numa).map(u32::from),
         datasets: mounts
             .map(|(mount, dataset)| SandboxDataset { dataset: dataset.clone(), mount: mount.mount.clone() })
             .collect(),
@@ -100,7 +98,8 @@ fn environment(job: &Job, rank: u32) -> Option<Vec<(String, String)>> {
         ("MASTER_ADDR", address_of(job, 0)?.to_owned()),
         ("MASTER_PORT", MASTER_PORT.to_string()),
         ("RANK", rank.to_string()),
-        ("WORLD_SIZE", job.spec.tasks.to_string()),
+        // As many as were placed: an elastic gang has fewer than it asked for at times.
+        ("WORLD_SIZE", job.tasks.len().to_string()),
         ("LOCAL_RANK", "0".to_owned()),
         ("LOCAL_WORLD_SIZE", "1".to_owned()),
         ("NODE_RANK", rank.to_string()),

@@ -2,11 +2,14 @@
 //! the two together.
 //!
 //! - [`api`]: the HTTP API, over [`server`]'s mutual TLS ([`pki`]) and [`tokens`].
-//! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it.
-//! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report.
-//! - [`policy`]: pools, tenants and jobs as the scheduler knows them; [`quotas`]: whether they fit.
-//! - [`operate`]: what operators do; [`audit`]: what they did. [`remedy`]: what would help.
-//! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`.
+//! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it; [`state`]: the same,
+//!   decoded and in memory. [`sequence`]: numbers of jobs.
+//! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report. [`suspicion`]: nodes
+//!   that refuse.
+//! - [`policy`]: pools and tenants that were set; [`quotas`]: whether they fit together.
+//! - [`operate`]: what operators do; [`audit`]: what they did.
+//! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
+//!   jobs wait; [`remedy`]: what would help; [`dry_run`]: what would become of a job.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
 //! - [`blobs`] and [`logs`]: content and output, in files beside the store.
 //! - [`init`]: makes a cluster.
@@ -23,6 +26,8 @@ pub mod check;
 pub mod clock;
 pub mod coordinator;
 pub mod desired;
+pub mod dry_run;
+pub mod explain;
 pub mod init;
 pub mod logs;
 pub mod metrics;
@@ -35,7 +40,10 @@ pub mod quotas;
 pub mod reconcile;
 pub mod records;
 pub mod remedy;
+pub mod sequence;
 pub mod server;
+pub mod state;
 pub mod store;
 pub mod submit;
+pub mod suspicion;
 pub mod tokens;

@@ -5,6 +5,7 @@
 //! together, so that a sandbox is desired until its end is known for good, and not a moment longer.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use lathe_api::artefact::Digest;
 use lathe_api::job::{Task, TaskState};
@@ -50,16 +51,19 @@ pub enum JoinError {
 pub async fn join(coordinator: &Coordinator, name: &str, certificate: Digest) -> Result<(), JoinError> {
     let store = &*coordinator.store;
     for _ in 0..ATTEMPTS {
-        let listing = store.list(&[NODES, SUBNETS]).await?;
-        let nodes = records::of_prefix::<NodeRecord>(&listing.entries, NODES)
-            .collect::<Result<BTreeMap<_, _>, _>>()?;
-        if store.get(&format!("{ALIVE}{name}")).await?.is_some() {
+        let last = records::load::<String>(store, SUBNETS).await?;
+        coordinator.view.catch_up(store).await?;
+        let (known, alive, taken) = coordinator.view.read(|contents| {
+            let taken = |of: &Arc<Versioned<NodeRecord>>| of.value.subnet.clone();
+            let known = contents.nodes.get(name).cloned();
+            (known, contents.alive.contains_key(name), contents.nodes.values().map(taken).collect())
+        });
+        if alive {
             return Err(JoinError::Taken(name.to_owned()));
         }
-        let record = match nodes.get(name) {
+        let record = match &known {
             Some(known) => NodeRecord { certificate, ..known.value.clone() },
             None => {
-                let taken = nodes.values().map(|node| node.value.subnet.clone()).collect();
                 let subnet = coordinator.cidr.free_subnet(&taken);
                 let subnet = subnet.ok_or_else(|| JoinError::NoSubnet(coordinator.cidr.to_string()))?;
                 NodeRecord {
@@ -77,16 +81,13 @@ pub async fn join(coordinator: &Coordinator, name: &str, certificate: Digest) ->
             }
         };
         let key = format!("{NODES}{name}");
-        let mut expect = vec![
-            (key.clone(), nodes.get(name).map(|known| known.revision)),
-            (format!("{ALIVE}{name}"), None),
-        ];
+        let mut expect =
+            vec![(key.clone(), known.as_ref().map(|known| known.revision)), (format!("{ALIVE}{name}"), None)];
         let mut writes = vec![put(&key, &record)?];
-        if !nodes.contains_key(name) {
-            // Read together with the nodes: of two that join at once and chose the same subnet,
-            // the second finds this changed.
-            let last = listing.entries.iter().find(|entry| entry.key == SUBNETS);
-            expect.push((SUBNETS.to_owned(), last.map(|entry| entry.revision)));
+        if known.is_none() {
+            // Read before the nodes: of two that join at once and chose the same subnet, the second
+            // finds this changed.
+            expect.push((SUBNETS.to_owned(), last.map(|last| last.revision)));
             writes.push(put(SUBNETS, &record.subnet)?);
         }
         if let Outcome::Committed(_) = store.commit(Transaction { expect, writes }).await? {
@@ -116,13 +117,19 @@ async fn heartbeat(coordinator: &Coordinator, node: &str, report: &NodeReport) -
     let store = &*coordinator.store;
     let key = format!("{NODES}{node}");
     let now = now_ms();
-    for _ in 0..ATTEMPTS {
-        let Some(Versioned { value: known, revision }) = records::load::<NodeRecord>(store, &key).await?
-        else {
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            coordinator.view.catch_up(store).await?;
+        }
+        let (known, alive) = coordinator
+            .view
+            .read(|contents| (contents.nodes.get(node).cloned(), contents.alive.contains_key(node)));
+        let Some(known) = known else {
             return Err(StoreError::Corrupt { key, reason: "the node is not registered".to_owned() });
         };
+        let Versioned { value: known, revision } = &*known;
         let kept = match known.lease {
-            Some(lease) => store.keep_alive(lease).await.is_ok(),
+            Some(lease) => alive && store.keep_alive(lease).await.is_ok(),
             None => false,
         };
         let same = known.state == NodeState::Ready
@@ -147,19 +154,28 @@ async fn heartbeat(coordinator: &Coordinator, node: &str, report: &NodeReport) -
             state: NodeState::Ready,
             last_heartbeat_ms: now,
             lease: Some(lease),
-            ..known
+            ..known.clone()
         };
-        let mut alive = put(format!("{ALIVE}{node}"), &())?;
-        if let Write::Put { lease: of, .. } = &mut alive {
-            *of = Some(lease);
+        let mut writes = vec![put(&key, &record)?];
+        if !kept {
+            // Not with every change of the host: placements expect this key as it was when the node
+            // came, which says that it was there all the time since.
+            let mut alive = put(format!("{ALIVE}{node}"), &())?;
+            if let Write::Put { lease: of, .. } = &mut alive {
+                *of = Some(lease);
+            }
+            writes.push(alive);
         }
-        let transaction = Transaction {
-            expect: vec![(key.clone(), Some(revision))],
-            writes: vec![put(&key, &record)?, alive],
-        };
-        if let Outcome::Committed(_) = store.commit(transaction).await? {
-            coordinator.live().entry(node.to_owned()).or_default().last_heartbeat_ms = now;
-            return Ok(());
+        let transaction = Transaction { expect: vec![(key.clone(), Some(*revision))], writes };
+        match store.commit(transaction).await {
+            Ok(Outcome::Committed(revision)) => {
+                coordinator.view.reached(revision).await;
+                coordinator.live().entry(node.to_owned()).or_default().last_heartbeat_ms = now;
+                return Ok(());
+            }
+            // It ended between the two: the next try asks for another one.
+            Ok(Outcome::Conflict { .. }) | Err(StoreError::NoLease(_)) => {}
+            Err(error) => return Err(error),
         }
     }
     Err(StoreError::Contended(key))
@@ -168,48 +184,57 @@ async fn heartbeat(coordinator: &Coordinator, node: &str, report: &NodeReport) -
 /// The records of a node that change together.
 struct Changes {
     node: String,
-    allocations: Versioned<Option<Allocations>>,
+    allocations: Option<Arc<Versioned<Allocations>>>,
+    /// What remains of them, if something was released.
+    allocations_left: Option<Allocations>,
     assignments: BTreeMap<String, Versioned<Assignment>>,
-    jobs: HashMap<String, Versioned<JobRecord>>,
+    jobs: HashMap<String, Arc<Versioned<JobRecord>>>,
     changed_jobs: Vec<String>,
     writes: Vec<Write>,
     expect: Vec<(String, Option<u64>)>,
-    released: bool,
 }
 
 impl Changes {
-    async fn load(coordinator: &Coordinator, node: &str) -> Result<Self, StoreError> {
-        let prefix = format!("{ASSIGNMENTS}{node}/");
-        let allocations_key = format!("{ALLOCATIONS}{node}");
-        let listing = coordinator.store.list(&[&prefix, ACTIVE_JOBS, &allocations_key]).await?;
-        let assignments = records::of_prefix(&listing.entries, &prefix).collect::<Result<_, _>>()?;
-        let jobs = records::of_prefix(&listing.entries, ACTIVE_JOBS).collect::<Result<_, _>>()?;
-        let mut allocations = Versioned { value: None, revision: 0 };
-        for found in records::of_prefix::<Allocations>(&listing.entries, &allocations_key) {
-            let (rest, found) = found?;
-            // `allocations/n1` is also a prefix of `allocations/n10`.
-            if rest.is_empty() {
-                allocations = Versioned { value: Some(found.value), revision: found.revision };
+    /// As the view has them. A commit expects them as they are here, so what the view lacks yet costs
+    /// a second try.
+    fn load(coordinator: &Coordinator, node: &str) -> Self {
+        coordinator.view.read(|contents| {
+            let assignments = contents.assignments.get(node).cloned().unwrap_or_default();
+            let jobs = assignments.values().filter_map(|assignment| {
+                let (id, record) = contents.jobs.get_key_value(&assignment.value.job)?;
+                Some((id.clone(), Arc::clone(record)))
+            });
+            let jobs = jobs.collect();
+            Self {
+                node: node.to_owned(),
+                allocations: contents.allocations.get(node).cloned(),
+                allocations_left: None,
+                jobs,
+                assignments,
+                changed_jobs: Vec::new(),
+                writes: Vec::new(),
+                expect: Vec::new(),
             }
-        }
-        Ok(Self {
-            node: node.to_owned(),
-            allocations,
-            assignments,
-            jobs,
-            changed_jobs: Vec::new(),
-            writes: Vec::new(),
-            expect: Vec::new(),
-            released: false,
         })
     }
 
     /// The task that a sandbox is, if it still is one's.
-    fn task(&mut self, sandbox: &str) -> Option<&mut Task> {
+    fn task(&self, sandbox: &str) -> Option<&Task> {
         let assignment = &self.assignments.get(sandbox)?.value;
-        let record = self.jobs.get_mut(&assignment.job)?;
-        let task = record.value.job.tasks.get_mut(assignment.rank as usize)?;
+        let task = self.jobs.get(&assignment.job)?.value.job.tasks.get(assignment.rank as usize)?;
         (task.sandbox.as_deref() == Some(sandbox)).then_some(task)
+    }
+
+    /// Replaces that task.
+    fn set_task(&mut self, sandbox: &str, task: Task) {
+        let Some(assignment) = self.assignments.get(sandbox) else { return };
+        if let Some(record) = self.jobs.get_mut(&assignment.value.job)
+            && let Some(of_rank) =
+                Arc::make_mut(record).value.job.tasks.get_mut(assignment.value.rank as usize)
+        {
+            *of_rank = task;
+            self.touch(sandbox);
+        }
     }
 
     fn touch(&mut self, sandbox: &str) {
@@ -227,8 +252,11 @@ impl Changes {
             self.expect.push((key.clone(), Some(assignment.revision)));
             self.writes.push(Write::Delete { key });
         }
-        if let Some(allocations) = &mut self.allocations.value {
-            self.released |= allocations.sandboxes.remove(sandbox).is_some();
+        if let Some(allocations) = &self.allocations
+            && allocations.value.sandboxes.contains_key(sandbox)
+        {
+            let left = self.allocations_left.get_or_insert_with(|| allocations.value.clone());
+            left.sandboxes.remove(sandbox);
         }
     }
 
@@ -236,9 +264,8 @@ impl Changes {
         if let Some(task) = self.task(sandbox)
             && !task.state.is_terminal()
         {
-            task.state = state;
-            task.reason = Some(reason.to_owned());
-            self.touch(sandbox);
+            let task = Task { state, reason: Some(reason.to_owned()), ..task.clone() };
+            self.set_task(sandbox, task);
         }
         self.release(sandbox);
     }
@@ -251,26 +278,32 @@ impl Changes {
                 self.writes.push(put(key, &record.value)?);
             }
         }
-        if self.released
-            && let Some(allocations) = &self.allocations.value
-        {
+        if let Some(left) = &self.allocations_left {
             let key = format!("{ALLOCATIONS}{}", self.node);
-            self.expect.push((key.clone(), Some(self.allocations.revision)));
-            self.writes.push(put(key, allocations)?);
+            self.expect.push((key.clone(), self.allocations.as_ref().map(|of| of.revision)));
+            self.writes.push(put(key, left)?);
         }
         if self.writes.is_empty() {
             return Ok(Outcome::Committed(0));
         }
-        coordinator.store.commit(Transaction { expect: self.expect, writes: self.writes }).await
+        let transaction = Transaction { expect: self.expect, writes: self.writes };
+        let outcome = coordinator.store.commit(transaction).await?;
+        match outcome {
+            // What was written here is seen by whoever looks next.
+            Outcome::Committed(revision) => coordinator.view.reached(revision).await,
+            Outcome::Conflict { .. } => coordinator.view.catch_up(&*coordinator.store).await?,
+        }
+        Ok(outcome)
     }
 }
 
 async fn fold(coordinator: &Coordinator, node: &str, report: &NodeReport) -> Result<Outcome, StoreError> {
-    let mut changes = Changes::load(coordinator, node).await?;
+    let mut changes = Changes::load(coordinator, node);
     let mut strays = 0;
+    let mut starts = Vec::new();
     for status in &report.sandboxes {
         if changes.assignments.contains_key(&status.id) {
-            fold_status(&mut changes, status)?;
+            starts.extend(fold_status(&mut changes, status)?);
         } else if !status.state.is_terminal() {
             strays += 1;
         }
@@ -286,8 +319,49 @@ async fn fold(coordinator: &Coordinator, node: &str, report: &NodeReport) -> Res
             changes.end(&sandbox, TaskState::Failed, "stopped before it started");
         }
     }
-    coordinator.live().entry(node.to_owned()).or_default().strays = strays;
-    changes.commit(coordinator).await
+    let freed = {
+        let mut live = coordinator.live();
+        let live = live.entry(node.to_owned()).or_default();
+        std::mem::replace(&mut live.strays, strays) != strays
+    };
+    if freed {
+        // Nothing in the store says so.
+        coordinator.view.touch(node);
+    }
+    let outcome = changes.commit(coordinator).await?;
+    if let Outcome::Committed(_) = outcome {
+        judge(coordinator, node, starts);
+    }
+    Ok(outcome)
+}
+
+/// How the start of a task went.
+struct StartOutcome {
+    job: String,
+    /// Why it did not run, if it did not and its node is to blame.
+    refused: Option<String>,
+}
+
+/// What its tasks' starts say about a node.
+fn judge(coordinator: &Coordinator, node: &str, starts: Vec<StartOutcome>) {
+    if starts.is_empty() {
+        return;
+    }
+    let mut live = coordinator.live();
+    let refusals = &mut live.entry(node.to_owned()).or_default().refusals;
+    let mut suspected = false;
+    for StartOutcome { job, refused } in starts {
+        match refused {
+            None => refusals.started(),
+            Some(why) => suspected |= refusals.refused(&job, &why, now_ms()),
+        }
+    }
+    if suspected {
+        let reason = refusals.suspected(now_ms()).unwrap_or_default();
+        tracing::warn!(node, reason, "node suspected: it gets no work for a while");
+        drop(live);
+        coordinator.view.touch(node);
+    }
 }
 
 /// The node's assignments that the report does not list, with how often in a row.
@@ -312,15 +386,29 @@ fn missing(
         .collect()
 }
 
-fn fold_status(changes: &mut Changes, status: &SandboxStatus) -> Result<(), StoreError> {
-    let Some(assignment) = changes.assignments.get(&status.id) else { return Ok(()) };
+/// Takes over what is said of one sandbox, and tells how its start went if that is known only now.
+fn fold_status(changes: &mut Changes, status: &SandboxStatus) -> Result<Option<StartOutcome>, StoreError> {
+    let Some(assignment) = changes.assignments.get(&status.id) else { return Ok(None) };
     let (stopping, observed) = (assignment.value.desired == Desired::Stopped, assignment.value.observed);
-    let revision = assignment.revision;
+    let (revision, job) = (assignment.revision, assignment.value.job.clone());
+    let mut start = None;
     if let Some(task) = changes.task(&status.id)
         && !task.state.is_terminal()
-        && update(task, status, stopping)
     {
-        changes.touch(&status.id);
+        let ran = matches!(task.state, TaskState::Running | TaskState::Stopping);
+        let mut next = task.clone();
+        if update(&mut next, status, stopping) {
+            start = match next.state {
+                TaskState::Running | TaskState::Exited if !ran => Some(StartOutcome { job, refused: None }),
+                TaskState::Failed | TaskState::Lost if !ran && !stopping => {
+                    let refused =
+                        Some(next.reason.clone().unwrap_or_else(|| "it did not say why".to_owned()));
+                    Some(StartOutcome { job, refused })
+                }
+                _ => None,
+            };
+            changes.set_task(&status.id, next);
+        }
     }
     if status.state.is_terminal() {
         changes.release(&status.id);
@@ -330,7 +418,7 @@ fn fold_status(changes: &mut Changes, status: &SandboxStatus) -> Result<(), Stor
         changes.expect.push((key.clone(), Some(revision)));
         changes.writes.push(put(key, &record)?);
     }
-    Ok(())
+    Ok(start)
 }
 
 /// Takes over what the agent says. Whether something worth a write changed: use alone is not,
@@ -387,7 +475,7 @@ async fn lose(
     which: impl Fn(&str, &Assignment) -> bool,
 ) -> Result<(), StoreError> {
     for _ in 0..ATTEMPTS {
-        let mut changes = Changes::load(coordinator, node).await?;
+        let mut changes = Changes::load(coordinator, node);
         let lost: Vec<_> = changes
             .assignments
             .iter()

@@ -23,12 +23,14 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+use lathe_api::HostPciAddress;
 use lathe_api::artefact::{Dataset, Digest, Image};
 use lathe_api::job::Job;
 use lathe_api::node::{Inventory, MaintenanceWindow, NodeOffer, NodeState};
 use lathe_api::sandbox::Desired;
 use lathe_api::scheduling::{DecidedBy, Decision, DecisionKind, Taint};
 use lathe_api::token::TokenInfo;
+use lathe_scheduler::Amount;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -151,11 +153,26 @@ pub struct Allocation {
     pub cpus: u32,
     /// Bytes.
     pub memory_bytes: u64,
-    /// GPUs; which ones is the node's choice. Records of before there were any have none.
-    #[serde(default)]
-    pub gpus: u32,
+    /// Its GPUs, as the node names them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<HostPciAddress>,
+    /// The NUMA node that its CPUs and memory come from, if from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa: Option<u8>,
     /// Its address.
     pub address: Ipv4Addr,
+}
+
+impl Allocation {
+    /// What of it adds up.
+    pub fn amount(&self) -> Amount {
+        Amount {
+            cpu_milli: u64::from(self.cpus) * 1000,
+            memory_bytes: self.memory_bytes,
+            hugepage_bytes: 0,
+            sandboxes: 1,
+        }
+    }
 }
 
 /// A sandbox that should exist on a node. The rest of its description follows from its job.
@@ -189,6 +206,9 @@ pub struct JobRecord {
     /// Why the gang had to start again, if it had to.
     #[serde(default)]
     pub restart_reason: Option<String>,
+    /// When the present attempt was placed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placed_ms: Option<u64>,
     /// A cancel was asked for.
     pub cancelled: bool,
     /// The present attempt is being stopped, and why.
@@ -230,6 +250,8 @@ pub enum Cause {
     Cancel,
     /// The policy, or an operator, needs its room.
     Preemption,
+    /// It starts again with more or fewer tasks.
+    Resize,
 }
 
 /// An image or dataset with the tenant that may change what its name means.
@@ -269,7 +291,8 @@ pub async fn load<T: DeserializeOwned>(
     store: &dyn Store,
     key: &str,
 ) -> Result<Option<Versioned<T>>, StoreError> {
-    store.get(key).await?.map(|entry| decode(&entry)).transpose()
+    let entry = store.get(key).await?;
+    entry.map(|entry| decode(&entry.key, &entry.value, entry.revision)).transpose()
 }
 
 /// Reads all records under a prefix, with the rest of each key.
@@ -291,14 +314,23 @@ pub fn of_prefix<'a, T: DeserializeOwned>(
 ) -> impl Iterator<Item = Result<(String, Versioned<T>), StoreError>> + 'a {
     entries.iter().filter_map(move |entry| {
         let rest = entry.key.strip_prefix(prefix)?;
-        Some(decode(entry).map(|record| (rest.to_owned(), record)))
+        let record = decode(&entry.key, &entry.value, entry.revision);
+        Some(record.map(|record| (rest.to_owned(), record)))
     })
 }
 
-fn decode<T: DeserializeOwned>(entry: &Entry) -> Result<Versioned<T>, StoreError> {
-    serde_json::from_slice(&entry.value)
-        .map(|value| Versioned { value, revision: entry.revision })
-        .map_err(|source| StoreError::Corrupt { key: entry.key.clone(), reason: source.to_string() })
+/// A record from what the store holds.
+///
+/// # Errors
+/// When it does not decode.
+pub fn decode<T: DeserializeOwned>(
+    key: &str,
+    value: &[u8],
+    revision: Revision,
+) -> Result<Versioned<T>, StoreError> {
+    serde_json::from_slice(value)
+        .map(|value| Versioned { value, revision })
+        .map_err(|source| StoreError::Corrupt { key: key.to_owned(), reason: source.to_string() })
 }
 
 /// A write of a record.

@@ -5,13 +5,14 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use lathe_api::node::{JoinRequest, JoinResponse, LogBatch, LogLine, NodeReport};
 use lathe_api::problem::Problem;
-use lathe_api::sandbox::NodeDesired;
+use lathe_api::sandbox::{NodeDesired, NodeNetwork};
 use lathe_api::token::TokenKind;
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -22,7 +23,6 @@ use super::stream::{Gone, Lines, json_lines};
 use crate::coordinator::Coordinator;
 use crate::logs::LogFile;
 use crate::records::{ASSIGNMENTS, Assignment, load};
-use crate::store::StoreError;
 use crate::{check, desired, observe, submit, tokens};
 
 const JOIN_BYTES: usize = 64 << 10;
@@ -66,7 +66,7 @@ pub async fn report(
     let first = !coordinator.live().contains_key(&node);
     observe::report(&coordinator, &node, &report).await?;
     if first {
-        coordinator.changed.notify_one();
+        coordinator.view.touch(&node);
     }
     Ok(StatusCode::NO_CONTENT)
 }
@@ -91,60 +91,60 @@ pub async fn desired_state(
 ) -> Response {
     let shared = Arc::clone(&coordinator);
     json_lines(&coordinator, move |lines| async move {
-        if let Err(Ended::Store(error)) = watch_desired(&shared, &node, query.after, &lines).await {
-            tracing::error!(node, %error, "a watch of desired state ended");
-        }
+        // A reader that has gone needs no more.
+        let _ = watch_desired(&shared, &node, query.after, &lines).await;
     })
 }
 
-enum Ended {
-    Store(StoreError),
-    Reader,
-}
-
-impl From<StoreError> for Ended {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
-    }
-}
-
-impl From<Gone> for Ended {
-    fn from(_: Gone) -> Self {
-        Self::Reader
-    }
-}
+/// How often a node is told at most that only its network changed, and by how much that grows with
+/// each address there is to tell: every task anywhere changes it, and a thousand nodes hear of it.
+const NETWORK_INTERVAL: Duration = Duration::from_secs(1);
+const NETWORK_INTERVAL_EACH: Duration = Duration::from_millis(1);
 
 async fn watch_desired(
     coordinator: &Coordinator,
     node: &str,
     after: Option<u64>,
     lines: &Lines,
-) -> Result<(), Ended> {
+) -> Result<(), Gone> {
+    let view = &coordinator.view;
+    let mut changed = view.watch_desired(node);
     let mut told: Option<NodeDesired> = None;
+    let mut network: Option<NodeNetwork> = None;
+    let mut network_at = 0;
+    let mut network_due = Instant::now();
     loop {
-        let listing = coordinator.store.list(&desired::PREFIXES).await?;
-        let Some(now) = desired::node_desired(&listing, node)? else { return Ok(()) };
+        changed.mark_unchanged();
+        let (now, at) = view.read(|contents| {
+            (desired::node_desired(contents, node), desired::network_changed(contents, node))
+        });
+        let Some(mut now) = now else { return Ok(()) };
+        if (network.is_none() || at > network_at) && Instant::now() >= network_due {
+            let next = view.read(|contents| desired::node_network(contents, node));
+            network_at = at;
+            if next != network {
+                let addresses: usize =
+                    next.iter().flat_map(|of| &of.tenants).map(|of| of.addresses.len()).sum();
+                let addresses = u32::try_from(addresses).unwrap_or(u32::MAX);
+                network_due = Instant::now() + NETWORK_INTERVAL + NETWORK_INTERVAL_EACH * addresses;
+                now.network.clone_from(&next);
+                network = next;
+            }
+        }
         let known = match &told {
-            Some(told) => NodeDesired { revision: now.revision, ..told.clone() } == now,
+            Some(told) => now.network.is_none() && told.sandboxes == now.sandboxes,
             None => after == Some(now.revision),
         };
         if !known {
             lines.send(&now).await?;
         }
-        told = Some(now);
-        // Falling behind is no loss: the state is read whole again.
-        if let Ok(mut watch) = coordinator.store.watch(listing.revision) {
-            loop {
-                let event = tokio::select! {
-                    event = watch.next() => event,
-                    () = lines.closed() => return Ok(()),
-                };
-                let Ok(event) = event else { break };
-                let concerns = |key: &String| desired::PREFIXES.iter().any(|prefix| key.starts_with(prefix));
-                if event.keys.iter().any(concerns) {
-                    break;
-                }
-            }
+        told = Some(NodeDesired { network: None, ..now });
+        let network_timer =
+            tokio::time::sleep_until(network_due.max(Instant::now() + NETWORK_INTERVAL).into());
+        tokio::select! {
+            changed = changed.changed() => if changed.is_err() { return Ok(()) },
+            () = network_timer => {}
+            () = lines.closed() => return Ok(()),
         }
     }
 }

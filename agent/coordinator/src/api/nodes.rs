@@ -85,7 +85,7 @@ pub(super) async fn nodes(coordinator: &Coordinator, user: Option<&User>) -> Res
                 state: value.state,
                 allocated_cpus: used().map(|one| one.cpus).sum(),
                 allocated_memory: MemorySize::from_bytes(used().map(|one| one.memory_bytes).sum()),
-                allocated_gpus: used().map(|one| one.gpus).sum(),
+                allocated_gpus: used().map(|one| u32::try_from(one.gpus.len()).unwrap_or(u32::MAX)).sum(),
                 last_heartbeat_ms: live
                     .get(&name)
                     .map_or(value.last_heartbeat_ms, |live| live.last_heartbeat_ms),

@@ -4,6 +4,10 @@
 //! out. The tasks of one attempt live and die together: once one fails or is lost the others are
 //! stopped, and when all have ended the gang starts again, if its policy allows, or the job ends.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use futures_util::{StreamExt, stream};
 use lathe_api::job::{Job, JobState, Task, TaskExit, TaskState};
 use lathe_api::sandbox::Desired;
 use lathe_api::scheduling::{DecidedBy, DecisionKind};
@@ -11,70 +15,111 @@ use lathe_api::scheduling::{DecidedBy, DecisionKind};
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
 use crate::records::{
-    ACTIVE_JOBS, ASSIGNMENTS, Assignment, Cause, ENDED_JOBS, JobRecord, Stopping, Versioned, load, of_prefix,
-    put,
+    ACTIVE_JOBS, ASSIGNMENTS, Assignment, Cause, ENDED_JOBS, JobRecord, Stopping, Versioned, put,
 };
 use crate::store::{Outcome, StoreError, Transaction, Write};
 
-pub(super) async fn advance_all(coordinator: &Coordinator) -> Result<(), StoreError> {
-    let listing = coordinator.store.list(&[ACTIVE_JOBS]).await?;
-    for record in of_prefix::<JobRecord>(&listing.entries, ACTIVE_JOBS) {
-        let (id, record) = record?;
-        let mut next = record.value.clone();
-        advance(&mut next, now_ms());
-        commit(coordinator, &id, record, next).await?;
+/// Commits that are under way at once: the store makes them durable together.
+const COMMITS: usize = 128;
+
+/// Brings these jobs (all, if there are none named) up to what their tasks say; those that succeeded.
+pub(super) async fn advance_all(
+    coordinator: &Coordinator,
+    which: Option<&BTreeSet<String>>,
+) -> Result<Vec<JobRecord>, StoreError> {
+    let now = now_ms();
+    let changes: Vec<_> = coordinator.view.read(|contents| {
+        let next = |record: &Arc<Versioned<JobRecord>>| {
+            let mut next = record.value.clone();
+            advance(&mut next, now);
+            // What has to stop may have been told so only in part.
+            (next != record.value || next.stopping.is_some()).then(|| (Arc::clone(record), next))
+        };
+        match which {
+            Some(ids) => ids.iter().filter_map(|id| contents.jobs.get(id)).filter_map(next).collect(),
+            None => contents.jobs.values().filter_map(next).collect(),
+        }
+    });
+    let commits = changes.into_iter().map(|(record, next)| async move {
+        let committed = commit(coordinator, &record, &next).await?;
+        Ok::<_, StoreError>((committed && next.job.state == JobState::Succeeded).then_some(next))
+    });
+    let mut succeeded = Vec::new();
+    let mut commits = stream::iter(commits).buffer_unordered(COMMITS);
+    while let Some(done) = commits.next().await {
+        succeeded.extend(done?);
     }
-    Ok(())
+    Ok(succeeded)
 }
 
-/// Writes the record's next form, and tells the nodes to stop what has to stop.
-async fn commit(
+/// Writes the record's next form, and tells the nodes to stop what has to stop; whether that happened.
+/// Whoever got in between wakes the next round, which decides on what is then.
+pub(super) async fn commit(
     coordinator: &Coordinator,
-    id: &str,
-    record: Versioned<JobRecord>,
-    next: JobRecord,
-) -> Result<(), StoreError> {
+    record: &Versioned<JobRecord>,
+    next: &JobRecord,
+) -> Result<bool, StoreError> {
+    let id = &record.value.job.id;
     let key = format!("{ACTIVE_JOBS}{id}");
     let mut transaction =
         Transaction { expect: vec![(key.clone(), Some(record.revision))], writes: Vec::new() };
     if next.stopping.is_some() {
-        stop_assignments(coordinator, &next.job, &mut transaction).await?;
+        stop_assignments(coordinator, &next.job, &mut transaction)?;
     }
     if next.job.state.is_terminal() {
         transaction.writes.push(Write::Delete { key });
-        transaction.writes.push(put(format!("{ENDED_JOBS}{id}"), &next)?);
-    } else if next != record.value {
-        transaction.writes.push(put(key, &next)?);
+        transaction.writes.push(put(format!("{ENDED_JOBS}{id}"), next)?);
+    } else if *next != record.value {
+        transaction.writes.push(put(key, next)?);
     }
     if transaction.writes.is_empty() {
-        return Ok(());
+        return Ok(false);
     }
-    // Whoever got in between wakes the next round, which decides on what is then.
-    if let Outcome::Committed(_) = coordinator.store.commit(transaction).await?
-        && next.job.state != record.value.job.state
-    {
+    let Outcome::Committed(revision) = coordinator.store.commit(transaction).await? else { return Ok(false) };
+    coordinator.view.reached(revision).await;
+    if next.job.state != record.value.job.state {
         let (state, reason) = (next.job.state, next.job.reason.as_deref().unwrap_or_default());
         tracing::info!(job = id, ?state, attempt = next.job.attempt, reason, "job changed");
     }
-    Ok(())
+    Ok(true)
 }
 
-async fn stop_assignments(
+fn stop_assignments(
     coordinator: &Coordinator,
     job: &Job,
     transaction: &mut Transaction,
 ) -> Result<(), StoreError> {
-    for task in job.tasks.iter().filter(|task| !task.state.is_terminal()) {
-        let (Some(node), Some(sandbox)) = (&task.node, &task.sandbox) else { continue };
-        let key = format!("{ASSIGNMENTS}{node}/{sandbox}");
-        let Some(assignment) = load::<Assignment>(&*coordinator.store, &key).await? else { continue };
-        if assignment.value.desired != Desired::Stopped {
+    coordinator.view.read(|contents| {
+        for task in job.tasks.iter().filter(|task| !task.state.is_terminal()) {
+            let (Some(node), Some(sandbox)) = (&task.node, &task.sandbox) else { continue };
+            let found = contents.assignments.get(node).and_then(|of_node| of_node.get(sandbox));
+            let Some(assignment) = found.filter(|found| found.value.desired != Desired::Stopped) else {
+                continue;
+            };
+            let key = format!("{ASSIGNMENTS}{node}/{sandbox}");
             transaction.expect.push((key.clone(), Some(assignment.revision)));
-            let stopped = Assignment { desired: Desired::Stopped, ..assignment.value };
+            let stopped = Assignment { desired: Desired::Stopped, ..assignment.value.clone() };
             transaction.writes.push(put(key, &stopped)?);
         }
+        Ok(())
+    })
+}
+
+/// Begins to stop a gang that has to make room or to start again with another size. Nothing of what it
+/// may use up is used up.
+pub(crate) fn stop_for(record: &mut JobRecord, cause: Cause, reason: String, by: DecidedBy, now_ms: u64) {
+    let kind = match cause {
+        Cause::Resize => DecisionKind::Resized,
+        _ => DecisionKind::Preempted,
+    };
+    record.decide(kind, by, reason.clone(), now_ms);
+    record.job.state = JobState::Preempting;
+    record.job.reason = Some(reason.clone());
+    if cause == Cause::Preemption {
+        record.job.preemptions += 1;
     }
-    Ok(())
+    record.stopping = Some(Stopping { cause, reason });
+    advance(record, now_ms);
 }
 
 /// Brings a job's record up to what its tasks say. Idempotent.
@@ -118,7 +163,10 @@ fn end_attempt(record: &mut JobRecord, stopping: &Stopping, now_ms: u64) {
     let policy = record.job.spec.restart;
     let (used, allowed, what) = match stopping.cause {
         Cause::Cancel => return finish(record, JobState::Cancelled, Some("cancelled".to_owned()), now_ms),
-        Cause::Preemption => return wait_again(record),
+        Cause::Preemption | Cause::Resize => {
+            record.restart_reason = Some(stopping.reason.clone());
+            return wait_again(record);
+        }
         Cause::Failure => (&mut record.failures, policy.on_failure, "restart.on_failure"),
         Cause::Loss => (&mut record.losses, policy.on_loss, "restart.on_loss"),
     };
@@ -129,7 +177,6 @@ fn end_attempt(record: &mut JobRecord, stopping: &Stopping, now_ms: u64) {
     }
     *used += 1;
     record.restart_reason = Some(format!("attempt {} ended: {}", record.job.attempt, stopping.reason));
-    record.job.reason.clone_from(&record.restart_reason);
     let why = stopping.reason.clone();
     record.decide(DecisionKind::Restarted, DecidedBy::Failure, why, now_ms);
     wait_again(record);
@@ -138,7 +185,9 @@ fn end_attempt(record: &mut JobRecord, stopping: &Stopping, now_ms: u64) {
 /// The gang is back in the queue, as it was before it was placed.
 fn wait_again(record: &mut JobRecord) {
     record.stopping = None;
+    record.placed_ms = None;
     record.job.state = JobState::Pending;
+    record.job.reason.clone_from(&record.restart_reason);
     record.job.why = None;
     record.job.size = None;
     record.job.tasks = fresh_tasks(record.job.spec.tasks);

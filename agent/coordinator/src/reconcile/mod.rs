@@ -2,71 +2,75 @@
 //!
 //! - `nodes`: nodes whose heartbeats ended are lost, and their tasks with them.
 //! - `jobs`: gangs whose tasks ended, failed or were lost are finished, stopped or started again.
-//! - `place`: pending gangs are planned and placed.
+//! - [`model`]: the records as the planner sees them. `planning`: rounds of the planner.
+//! - `place`: what was planned is checked again and committed.
 //!
-//! Level-triggered: a round takes nothing but the store (and which nodes have reported), is
-//! idempotent, keeps no state of its own, and runs on every change and on a timer. A round that
-//! fails or loses a race leaves the rest to the next one. One round runs at a time.
+//! Level-triggered: a round takes nothing but the store's records (and which nodes have reported), is
+//! idempotent, and runs on every change and on a timer. What it keeps from round to round (the view
+//! knows which records changed, the model holds what the planner needs, the planner the lengths of past
+//! jobs) only saves it from looking at everything again: it is thrown away and made anew from the store
+//! whenever a round fails, and for certain every [`SWEEP`]. A round that fails or loses a race leaves
+//! the rest to the next one. One round runs at a time.
 
 mod jobs;
+pub mod model;
 mod nodes;
 mod place;
+mod planning;
 
 pub(crate) use jobs::fresh_tasks;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use planning::Planning;
+
 use crate::coordinator::Coordinator;
 use crate::store::StoreError;
 
 /// A round happens at least this often, whatever is missed.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How often everything is looked at, whatever is said to have changed.
+const SWEEP: Duration = Duration::from_secs(60);
+/// Between rounds: so long that what comes together is handled together, and as long as the last round
+/// took, so that reports and submissions have their half of the machine.
+const PAUSE_MIN: Duration = Duration::from_millis(2);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// Runs rounds until the coordinator shuts down.
 pub async fn run(coordinator: Arc<Coordinator>) {
+    let mut planning = Planning::default();
+    let mut swept = Instant::now();
     loop {
-        let revision = match coordinator.store.list(&[]).await {
-            Ok(listing) => listing.revision,
-            Err(error) => {
-                tracing::error!(%error, "cannot read the store");
-                0
-            }
-        };
         let started = Instant::now();
-        if let Err(error) = round(&coordinator).await {
-            tracing::error!(%error, "a reconciliation failed; the next one tries again");
+        if swept.elapsed() >= SWEEP {
+            swept = started;
+            coordinator.view.forget_seen();
         }
+        if let Err(error) = round(&coordinator, &mut planning).await {
+            tracing::error!(%error, "a reconciliation failed; the next one tries again");
+            coordinator.view.forget_seen();
+        }
+        let spent = started.elapsed();
         coordinator.metrics.reconciliations.add(1);
-        let spent = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        coordinator.metrics.reconcile_us.add(spent);
+        coordinator.metrics.reconcile_us.add(u64::try_from(spent.as_micros()).unwrap_or(u64::MAX));
+        tokio::select! {
+            () = coordinator.shutdown.cancelled() => return,
+            () = tokio::time::sleep(spent.clamp(PAUSE_MIN, PAUSE_MAX)) => {}
+        }
         tokio::select! {
             () = coordinator.shutdown.cancelled() => return,
             () = coordinator.changed.notified() => {}
-            () = changed_since(&coordinator, revision) => {}
+            () = coordinator.view.news() => {}
             () = tokio::time::sleep(INTERVAL) => {}
         }
     }
 }
 
-/// Returns when anything was committed after the round began; the round's own commits count too,
-/// because they may allow the next step.
-async fn changed_since(coordinator: &Coordinator, revision: u64) {
-    match coordinator.store.watch(revision) {
-        // Whatever the outcome, it is time to look again.
-        Ok(mut watch) => {
-            let _ = watch.next().await;
-        }
-        Err(_) => tokio::time::sleep(INTERVAL).await,
-    }
-}
-
 /// One round.
-///
-/// # Errors
-/// When the store fails.
-pub async fn round(coordinator: &Coordinator) -> Result<(), StoreError> {
+async fn round(coordinator: &Arc<Coordinator>, planning: &mut Planning) -> Result<(), StoreError> {
     nodes::expire(coordinator).await?;
-    jobs::advance_all(coordinator).await?;
-    place::place(coordinator).await
+    let unseen = coordinator.view.take_unseen();
+    let succeeded = jobs::advance_all(coordinator, (!unseen.all).then_some(&unseen.jobs)).await?;
+    planning.round(coordinator, unseen, &succeeded).await
 }

@@ -1,271 +1,311 @@
-//! Placing: pending gangs are planned on a snapshot, and each placement is checked again and
-//! committed by compare-and-swap.
+//! Carrying out plans: each start is checked again on each of its nodes, and committed by
+//! compare-and-swap on what those nodes have promised.
+//!
+//! Starts go to the store in groups, in the plan's order, each group whole or not at all. Of a group
+//! that finds something changed each start is tried alone, and those that no longer hold are left for
+//! the next round, which plans them again. So one that lost a race may start after others that were
+//! behind it in the plan; the room that those take was planned for them beside the one that lost, so it
+//! is not delayed by more than a round.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
-use lathe_api::gpu::{GpuHealth, GpuState, Severity};
+use lathe_api::HostPciAddress;
 use lathe_api::job::{JobState, TaskState};
-use lathe_api::node::{Inventory, NodeState};
+use lathe_api::node::NodeOffer;
 use lathe_api::sandbox::Desired;
-use lathe_scheduler::old::{Capacity, Gang, Node, Placement, Policy};
+use lathe_api::scheduling::{DecidedBy, DecisionKind};
+use lathe_scheduler::model::TaskPlace;
+use lathe_scheduler::plan::{Preemption, Resize, Start};
 
+use super::model::{Model, node, takes_part, waits};
+use super::{fresh_tasks, jobs};
 use crate::coordinator::Coordinator;
-use crate::network::{SANDBOXES_PER_NODE, free_address};
+use crate::network::free_address;
 use crate::records::{
-    self, ACTIVE_JOBS, ALIVE, ALLOCATIONS, Allocation, Allocations, Assignment, JobRecord, NODES, NodeRecord,
-    Versioned, of_prefix, put,
+    ACTIVE_JOBS, ALIVE, ALLOCATIONS, ASSIGNMENTS, Allocation, Allocations, Assignment, Cause, JobRecord,
+    OPERATIONS, put,
 };
-use crate::store::{Listing, Outcome, StoreError, Transaction};
+use crate::state::{Contents, Unseen};
+use crate::store::{Outcome, Revision, StoreError, Transaction, Write};
 
-/// Memory of a node that tasks do not get: its kernel, agent and page cache, and what each VMM needs
-/// beyond its guest's memory. A sixteenth, and no less than this.
-const RESERVED_BYTES_MIN: u64 = 256 << 20;
+/// Tasks that are started with one commit, about: what a group writes stays in the megabytes.
+const GROUP_TASKS: usize = 256;
 
-/// Places what can be placed, and writes down why the rest waits.
-pub(super) async fn place(coordinator: &Coordinator) -> Result<(), StoreError> {
-    let listing = coordinator.store.list(&[NODES, ALLOCATIONS, ACTIVE_JOBS]).await?;
-    let mut pending: Vec<_> = of_prefix::<JobRecord>(&listing.entries, ACTIVE_JOBS)
-        .filter(|record| record.as_ref().map_or(true, |(_, record)| waits(&record.value)))
-        .collect::<Result<_, _>>()?;
-    if pending.is_empty() {
-        return Ok(());
-    }
-    pending.sort_by_key(|(_, record)| record.value.sequence);
-    let gangs: Vec<Gang> = pending.iter().map(|(id, record)| gang(id, &record.value)).collect();
-    let nodes = snapshot(coordinator, &listing)?;
-    let plan = lathe_scheduler::old::plan(&nodes, &gangs, Policy::FirstComeFirstServed);
-
-    let mut jobs: HashMap<String, Versioned<JobRecord>> = pending.into_iter().collect();
-    for placement in &plan.placements {
-        let Some(record) = jobs.remove(&placement.gang) else { continue };
-        if !commit(coordinator, record, placement).await? {
-            coordinator.metrics.placement_conflicts.add(1);
-            // Gangs after this one were planned as if it had been placed, and must not overtake it:
-            // they are planned again with it.
-            coordinator.changed.notify_one();
-            return Ok(());
+/// Starts gangs; what of them was in vain, to be looked at again.
+pub(super) async fn start(
+    coordinator: &Coordinator,
+    model: &Model,
+    starts: Vec<Start>,
+    now_ms: u64,
+) -> Result<Unseen, StoreError> {
+    let mut conflicts = Unseen::default();
+    let mut rest = starts.as_slice();
+    while !rest.is_empty() {
+        let mut tasks = 0;
+        let count = rest.iter().take_while(|start| {
+            let first = tasks == 0;
+            tasks += start.tasks.len();
+            first || tasks <= GROUP_TASKS
+        });
+        let (group, later) = rest.split_at(count.count());
+        rest = later;
+        if commit(coordinator, model, group, now_ms).await? {
+            continue;
+        }
+        for start in group {
+            if group.len() > 1 && commit(coordinator, model, std::slice::from_ref(start), now_ms).await? {
+                continue;
+            }
+            conflicts.jobs.insert(start.gang.id.clone());
+            let nodes = start.tasks.iter().map(|task| model.cluster.nodes()[task.node as usize].name.clone());
+            conflicts.nodes.extend(nodes);
         }
     }
-    for waiting in plan.waiting {
-        if let Some(record) = jobs.remove(&waiting.gang) {
-            explain(coordinator, record, waiting.reason.to_string()).await?;
+    Ok(conflicts)
+}
+
+/// Commits these starts together; false if one of them no longer holds, and nothing was written then.
+async fn commit(
+    coordinator: &Coordinator,
+    model: &Model,
+    starts: &[Start],
+    now_ms: u64,
+) -> Result<bool, StoreError> {
+    let live = coordinator.live().clone();
+    let group = coordinator.view.read(|contents| {
+        let mut group = Group {
+            contents,
+            live: &live,
+            model,
+            staged: BTreeMap::new(),
+            transaction: Transaction::default(),
+        };
+        for start in starts {
+            if let Err(why) = group.stage(start, now_ms)? {
+                tracing::debug!(job = start.gang.id, why, "a start no longer holds");
+                return Ok::<_, StoreError>(None);
+            }
+        }
+        group.finish().map(Some)
+    })?;
+    let Some(transaction) = group else { return Ok(false) };
+    match coordinator.store.commit(transaction).await? {
+        Outcome::Committed(revision) => {
+            coordinator.view.reached(revision).await;
+            for start in starts {
+                tracing::info!(
+                    job = start.gang.id,
+                    tasks = start.tasks.len(),
+                    why = start.why,
+                    "gang placed"
+                );
+            }
+            Ok(true)
+        }
+        Outcome::Conflict { .. } => {
+            coordinator.view.catch_up(&*coordinator.store).await?;
+            Ok(false)
+        }
+    }
+}
+
+/// Starts that are checked and not committed yet.
+struct Group<'a> {
+    contents: &'a Contents,
+    live: &'a std::collections::HashMap<String, crate::coordinator::Live>,
+    model: &'a Model,
+    /// What their nodes will have promised, and the revision of what they have now.
+    staged: BTreeMap<&'a str, (Allocations, Option<Revision>)>,
+    transaction: Transaction,
+}
+
+impl<'a> Group<'a> {
+    /// Checks one start and adds it, or says why it does not hold.
+    fn stage(&mut self, start: &Start, now_ms: u64) -> Result<Result<(), String>, StoreError> {
+        let id = &start.gang.id;
+        let Some(record) = self.contents.jobs.get(id).filter(|record| waits(&record.value)) else {
+            return Ok(Err("the job does not wait any more".to_owned()));
+        };
+        let mut next = record.value.clone();
+        let size = u32::try_from(start.tasks.len()).unwrap_or(u32::MAX);
+        next.job.attempt += 1;
+        next.job.state = JobState::Running;
+        next.job.tasks = fresh_tasks(size);
+        next.job.size = next.job.spec.tasks_min.map(|_| size);
+        next.job.why = (!start.why.is_empty()).then(|| start.why.clone());
+        next.placed_ms = Some(now_ms);
+        // Why it waited is over; why it had to start again is still worth knowing.
+        next.job.reason.clone_from(&next.restart_reason);
+        for (rank, place) in start.tasks.iter().enumerate() {
+            if let Err(why) = self.stage_task(&mut next, rank, place)? {
+                return Ok(Err(why));
+            }
+        }
+        next.decide(DecisionKind::Placed, DecidedBy::Policy, start.why.clone(), now_ms);
+        let key = format!("{ACTIVE_JOBS}{id}");
+        self.transaction.expect.push((key.clone(), Some(record.revision)));
+        self.transaction.writes.push(put(key, &next)?);
+        Ok(Ok(()))
+    }
+
+    fn stage_task(
+        &mut self,
+        next: &mut JobRecord,
+        rank: usize,
+        place: &TaskPlace,
+    ) -> Result<Result<(), String>, StoreError> {
+        let name = &self.model.cluster.nodes()[place.node as usize].name;
+        let Some((name, record)) = self.contents.nodes.get_key_value(name) else {
+            return Ok(Err(format!("there is no node {name} any more")));
+        };
+        if !self.staged.contains_key(name.as_str()) {
+            if let Err(why) = self.offers(name) {
+                return Ok(Err(why));
+            }
+            let known = self.contents.allocations.get(name);
+            let staged = known.map(|of| (of.value.clone(), Some(of.revision))).unwrap_or_default();
+            self.staged.insert(name, staged);
+        }
+        let Some((allocations, _)) = self.staged.get_mut(name.as_str()) else {
+            return Ok(Err(String::new()));
+        };
+        let planned = &self.model.cluster.nodes()[place.node as usize].gpus;
+        let gpus: Vec<HostPciAddress> = place
+            .gpus
+            .iter()
+            .filter_map(|gpu| planned.get(usize::from(gpu.index))?.id.parse().ok())
+            .collect();
+        let resources = &next.job.spec.resources;
+        let allocation = Allocation {
+            cpus: resources.cpus,
+            memory_bytes: resources.memory.bytes(),
+            gpus,
+            numa: place.numa,
+            address: std::net::Ipv4Addr::UNSPECIFIED,
+        };
+        let wanted = usize::try_from(resources.gpus).unwrap_or(usize::MAX);
+        if let Err(why) = fits(&record.value.inventory, allocations, &allocation, wanted) {
+            return Ok(Err(format!("node {name} {why}")));
+        }
+        let taken = |address| allocations.sandboxes.values().any(|one| one.address == address);
+        let Some(address) = free_address(&record.value.subnet, allocations.last_address, taken) else {
+            return Ok(Err(format!("node {name} has no address left")));
+        };
+        let id = next.job.id.clone();
+        let sandbox = format!("{id}-{rank}-{}", next.job.attempt);
+        allocations.sandboxes.insert(sandbox.clone(), Allocation { address, ..allocation });
+        allocations.last_address = Some(address);
+        let rank_number = u32::try_from(rank).unwrap_or(u32::MAX);
+        let assignment =
+            Assignment { job: id, rank: rank_number, desired: Desired::Running, observed: false };
+        self.transaction.writes.push(put(format!("{ASSIGNMENTS}{name}/{sandbox}"), &assignment)?);
+        if let Some(task) = next.job.tasks.get_mut(rank) {
+            task.sandbox = Some(sandbox);
+            task.node = Some(name.clone());
+            task.address = Some(address.to_string());
+            task.state = TaskState::Preparing;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Whether the node takes work, which must hold until the commit, too.
+    fn offers(&mut self, name: &str) -> Result<(), String> {
+        let Some(alive) =
+            self.contents.alive.get(name).filter(|_| takes_part(self.contents, self.live, name))
+        else {
+            return Err(format!("node {name} is lost"));
+        };
+        let operations = self.contents.operations.get(name);
+        if operations.is_some_and(|of| of.value.offer != NodeOffer::Open) {
+            return Err(format!("node {name} takes no work"));
+        }
+        let expect = &mut self.transaction.expect;
+        expect.push((format!("{ALIVE}{name}"), Some(*alive)));
+        expect.push((format!("{OPERATIONS}{name}"), operations.map(|of| of.revision)));
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Transaction, StoreError> {
+        for (name, (allocations, revision)) in self.staged {
+            let key = format!("{ALLOCATIONS}{name}");
+            self.transaction.expect.push((key.clone(), revision));
+            self.transaction.writes.push(put(key, &allocations)?);
+        }
+        // Jobs come last, so that whoever reads the writes in order finds what they refer to.
+        self.transaction.writes.sort_by_key(|write| match write {
+            Write::Put { key, .. } | Write::Delete { key } => key.starts_with(ACTIVE_JOBS),
+        });
+        Ok(self.transaction)
+    }
+}
+
+/// Whether an allocation fits beside those that a node has promised.
+fn fits(
+    inventory: &lathe_api::node::Inventory,
+    allocations: &Allocations,
+    new: &Allocation,
+    gpus: usize,
+) -> Result<(), String> {
+    let total = node::total(inventory);
+    let used = allocations.sandboxes.values().fold(new.amount(), |sum, one| sum.plus(&one.amount()));
+    if !total.fits(&used) {
+        return Err("has no room beside what was promised there since".to_owned());
+    }
+    if new.gpus.len() != gpus {
+        return Err(format!("has not the {gpus} GPUs that were planned"));
+    }
+    for address in &new.gpus {
+        let found = node::usable(inventory).find(|gpu| gpu.address == *address);
+        let free = found.is_some_and(|gpu| gpu.state == lathe_api::gpu::GpuState::Free);
+        if !free || node::is_promised(*address, allocations) {
+            return Err(format!("has GPU {address} no longer free"));
         }
     }
     Ok(())
 }
 
-fn waits(record: &JobRecord) -> bool {
-    record.job.state == JobState::Pending && !record.cancelled
-}
-
-fn gang(id: &str, record: &JobRecord) -> Gang {
-    let spec = &record.job.spec;
-    Gang { id: id.to_owned(), class: spec.class, tasks: spec.tasks, task: task_size(record) }
-}
-
-fn task_size(record: &JobRecord) -> Capacity {
-    let resources = &record.job.spec.resources;
-    Capacity {
-        cpus: resources.cpus,
-        memory_bytes: resources.memory.bytes(),
-        gpus: resources.gpus,
-        sandboxes: 1,
-    }
-}
-
-/// Nodes that take part: those whose reports arrive, with nothing on them that should be gone.
-pub(crate) fn snapshot(coordinator: &Coordinator, listing: &Listing) -> Result<Vec<Node>, StoreError> {
-    let allocations: BTreeMap<String, Versioned<Allocations>> =
-        of_prefix(&listing.entries, ALLOCATIONS).collect::<Result<_, _>>()?;
-    let live = coordinator.live();
-    let mut nodes = Vec::new();
-    for record in of_prefix::<NodeRecord>(&listing.entries, NODES) {
-        let (name, Versioned { value, .. }) = record?;
-        let Some(live) = live.get(&name) else { continue };
-        if value.state != NodeState::Ready {
-            continue;
-        }
-        let total = total(&value);
-        let none = Allocations::default();
-        let mut free = left(&value, allocations.get(&name).map_or(&none, |of| &of.value));
-        if live.strays > 0 {
-            // What they use is unknown to the records: nothing is placed beside them.
-            free = Capacity::default();
-        }
-        let gpu_problems = gpu_problems(&value.inventory);
-        let inventory = value.inventory;
-        nodes.push(Node {
-            name,
-            total,
-            free,
-            classes: inventory.classes,
-            class_problems: inventory.class_problems,
-            gpu_problems,
-        });
-    }
-    Ok(nodes)
-}
-
-fn total(node: &NodeRecord) -> Capacity {
-    let memory = node.inventory.memory.map_or(0, |memory| memory.bytes());
-    let reserved = RESERVED_BYTES_MIN.max(memory / 16);
-    Capacity {
-        cpus: node.inventory.cpus.online,
-        memory_bytes: memory.saturating_sub(reserved),
-        gpus: count(node.inventory.gpus.iter().filter(|gpu| gpu.is_usable())),
-        sandboxes: SANDBOXES_PER_NODE,
-    }
-}
-
-fn count(gpus: impl Iterator) -> u32 {
-    u32::try_from(gpus.count()).unwrap_or(u32::MAX)
-}
-
-/// Why GPUs cannot be used: for each the first thing in the way.
-fn gpu_problems(inventory: &Inventory) -> Vec<String> {
-    let unusable = inventory.gpus.iter().filter(|gpu| !gpu.is_usable());
-    let reasons = unusable.map(|gpu| {
-        let blocking = || gpu.problems.iter().find(|problem| problem.severity == Severity::Blocks);
-        let reason = match &gpu.health {
-            GpuHealth::Failed(reason) => Some(reason),
-            _ => gpu.reason.as_ref().or_else(|| blocking().map(|problem| &problem.what)),
-        };
-        format!("{}: {}", gpu.address, reason.map_or("quarantined", String::as_str))
-    });
-    reasons.collect()
-}
-
-/// GPUs that nobody has and nobody was promised. One in use by a sandbox that was promised it counts
-/// on both sides, because the promise and the node's report do not come at one moment. One that is
-/// scrubbed, or that nobody promised to who has it, is not free.
-fn gpus_left(inventory: &Inventory, allocations: &Allocations) -> u32 {
-    let promised_to =
-        |task: &Option<String>| task.as_ref().is_some_and(|task| allocations.sandboxes.contains_key(task));
-    let offered = inventory.gpus.iter().filter(|gpu| {
-        gpu.is_usable()
-            && match gpu.state {
-                GpuState::Free => true,
-                GpuState::InUse => promised_to(&gpu.task),
-                GpuState::Scrubbing | GpuState::Quarantined => false,
-            }
-    });
-    let promised = allocations.sandboxes.values().fold(0_u32, |sum, one| sum.saturating_add(one.gpus));
-    count(offered).saturating_sub(promised)
-}
-
-fn left(node: &NodeRecord, allocations: &Allocations) -> Capacity {
-    let total = total(node);
-    let used = allocations.sandboxes.values();
-    let cpus = used.clone().fold(0_u32, |sum, one| sum.saturating_add(one.cpus));
-    let memory = used.fold(0_u64, |sum, one| sum.saturating_add(one.memory_bytes));
-    let sandboxes = u32::try_from(allocations.sandboxes.len()).unwrap_or(u32::MAX);
-    Capacity {
-        cpus: total.cpus.saturating_sub(cpus),
-        memory_bytes: total.memory_bytes.saturating_sub(memory),
-        gpus: gpus_left(&node.inventory, allocations),
-        sandboxes: total.sandboxes.saturating_sub(sandboxes),
-    }
-}
-
-/// A node's records as they are at commit.
-struct Target {
-    node: Versioned<NodeRecord>,
-    allocations: Allocations,
-    /// None if there is no such key yet.
-    revision: Option<u64>,
-}
-
-/// Commits one placement; false if something has changed and it no longer holds.
-async fn commit(
+/// Stops gangs that make room, and those that get another size.
+pub(super) async fn stop(
     coordinator: &Coordinator,
-    record: Versioned<JobRecord>,
-    placement: &Placement,
-) -> Result<bool, StoreError> {
-    let id = &placement.gang;
-    let job_key = format!("{ACTIVE_JOBS}{id}");
-    let size = task_size(&record.value);
-    let mut next = record.value;
-    next.job.attempt += 1;
-    next.job.state = JobState::Running;
-    let mut targets: BTreeMap<&str, Target> = BTreeMap::new();
-    let mut transaction =
-        Transaction { expect: vec![(job_key.clone(), Some(record.revision))], writes: Vec::new() };
-    for (task, name) in next.job.tasks.iter_mut().zip(&placement.nodes) {
-        let target = match targets.entry(name.as_str()) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => {
-                let Some(target) = target(coordinator, name).await? else { return Ok(false) };
-                entry.insert(target)
-            }
-        };
-        if left(&target.node.value, &target.allocations).holds(size) == 0 {
-            return Ok(false);
-        }
-        let taken = |address| target.allocations.sandboxes.values().any(|one| one.address == address);
-        let last = target.allocations.last_address;
-        let Some(address) = free_address(&target.node.value.subnet, last, taken) else { return Ok(false) };
-        let sandbox = format!("{id}-{}-{}", task.rank, next.job.attempt);
-        let allocation =
-            Allocation { cpus: size.cpus, memory_bytes: size.memory_bytes, gpus: size.gpus, address };
-        target.allocations.sandboxes.insert(sandbox.clone(), allocation);
-        target.allocations.last_address = Some(address);
-        let assignment =
-            Assignment { job: id.clone(), rank: task.rank, desired: Desired::Running, observed: false };
-        let key = format!("{}{name}/{sandbox}", records::ASSIGNMENTS);
-        transaction.writes.push(put(key, &assignment)?);
-        task.sandbox = Some(sandbox);
-        task.node = Some(name.clone());
-        task.address = Some(address.to_string());
-        task.state = TaskState::Preparing;
-    }
-    let nodes: Vec<_> = targets.keys().map(|name| (*name).to_owned()).collect();
-    for (name, target) in targets {
-        let key = format!("{ALLOCATIONS}{name}");
-        transaction.expect.push((format!("{NODES}{name}"), Some(target.node.revision)));
-        transaction.expect.push((key.clone(), target.revision));
-        transaction.writes.push(put(key, &target.allocations)?);
-    }
-    // Why it waited is over; why it had to start again is still worth knowing.
-    next.job.reason.clone_from(&next.restart_reason);
-    transaction.writes.push(put(job_key, &next)?);
-    let placed = matches!(coordinator.store.commit(transaction).await?, Outcome::Committed(_));
-    if placed {
-        tracing::info!(job = id, attempt = next.job.attempt, ?nodes, "gang placed");
-    }
-    Ok(placed)
-}
-
-async fn target(coordinator: &Coordinator, name: &str) -> Result<Option<Target>, StoreError> {
-    let store = &*coordinator.store;
-    let node = records::load::<NodeRecord>(store, &format!("{NODES}{name}")).await?;
-    let alive = store.get(&format!("{ALIVE}{name}")).await?.is_some();
-    let Some(node) = node.filter(|node| alive && node.value.state == NodeState::Ready) else {
-        return Ok(None);
-    };
-    let allocations = records::load::<Allocations>(store, &format!("{ALLOCATIONS}{name}")).await?;
-    let revision = allocations.as_ref().map(|record| record.revision);
-    let allocations = allocations.map(|record| record.value).unwrap_or_default();
-    Ok(Some(Target { node, allocations, revision }))
-}
-
-/// Writes down why a gang waits, if that is news.
-async fn explain(
-    coordinator: &Coordinator,
-    record: Versioned<JobRecord>,
-    reason: String,
+    model: &Model,
+    preemptions: &[Preemption],
+    resizes: &[Resize],
+    now_ms: u64,
 ) -> Result<(), StoreError> {
-    let reason = match &record.value.restart_reason {
-        Some(restart) => format!("{reason} ({restart})"),
-        None => reason,
-    };
-    if record.value.job.reason.as_ref() == Some(&reason) {
-        return Ok(());
+    for Preemption { gang, for_gang, why } in preemptions {
+        let (reason, by) = match for_gang {
+            Some(other) => (format!("preempted for job {other}: {why}"), DecidedBy::Policy),
+            None => (format!("moved from its node: {why}"), DecidedBy::Operator),
+        };
+        stop_one(coordinator, gang, Cause::Preemption, reason, by, now_ms).await?;
     }
-    let mut next = record.value;
-    next.job.reason = Some(reason);
-    let key = format!("{ACTIVE_JOBS}{}", next.job.id);
-    let transaction =
-        Transaction { expect: vec![(key.clone(), Some(record.revision))], writes: vec![put(key, &next)?] };
-    // Lost races are for the next round.
-    coordinator.store.commit(transaction).await.map(drop)
+    for Resize { gang, remove, add, why } in resizes {
+        let now = model.cluster.running().get(gang).map_or(0, |running| running.tasks.len());
+        // The planner's cluster has the new size already.
+        let reason =
+            format!("starts again with {now} tasks ({} more, {} less): {why}", add.len(), remove.len());
+        stop_one(coordinator, gang, Cause::Resize, reason, DecidedBy::Policy, now_ms).await?;
+    }
+    Ok(())
+}
+
+async fn stop_one(
+    coordinator: &Coordinator,
+    gang: &str,
+    cause: Cause,
+    reason: String,
+    by: DecidedBy,
+    now_ms: u64,
+) -> Result<(), StoreError> {
+    let found = coordinator.view.read(|contents| contents.jobs.get(gang).cloned());
+    let running = found.filter(|of| of.value.job.state == JobState::Running && of.value.stopping.is_none());
+    if let Some(record) = running {
+        let mut next = record.value.clone();
+        jobs::stop_for(&mut next, cause, reason, by, now_ms);
+        // Lost races are for the next round.
+        jobs::commit(coordinator, &record, &next).await?;
+    }
+    let unseen = Unseen { jobs: [gang.to_owned()].into(), ..Unseen::default() };
+    coordinator.view.unsee(unseen);
+    Ok(())
 }

@@ -4,13 +4,15 @@
 //! - [`redb`]: the embedded implementation.
 //!
 //! The trait is what etcd offers too, so that several coordinators can share one later: keys are
-//! text, every commit gets the next revision, a key carries the revision that last wrote it, and a
-//! watcher that fell too far behind is told so and lists again. Logs, metrics and blobs never go in.
+//! text, every commit gets the next revision, a key carries the revision that last wrote it, watchers
+//! get what was written, and one that fell too far behind is told so and lists again. Logs, metrics
+//! and blobs never go in.
 
 pub mod redb;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -88,27 +90,36 @@ pub enum Outcome {
 pub struct Event {
     /// The commit.
     pub revision: Revision,
-    /// The keys it wrote or deleted.
-    pub keys: Vec<String>,
+    /// What it wrote and deleted, in order.
+    pub changes: Vec<Change>,
+}
+
+/// What a commit did to one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The key.
+    pub key: String,
+    /// What it holds now; none if it was deleted.
+    pub value: Option<Vec<u8>>,
 }
 
 /// Commits after a revision, in order.
 #[derive(Debug)]
 pub struct Watch {
     /// Commits that had already happened when the watch began.
-    missed: std::collections::VecDeque<Event>,
-    live: broadcast::Receiver<Event>,
+    missed: std::collections::VecDeque<Arc<Event>>,
+    live: broadcast::Receiver<Arc<Event>>,
     /// The last one returned, or where the watch began.
     at: Revision,
 }
 
 impl Watch {
-    /// The next commit. Cancelling this loses nothing.
+    /// The next commit. Cancelling this loses nothing; an event is shared by all who watch.
     ///
     /// # Errors
     /// [`WatchError::Behind`] when commits were missed: list again and watch from there.
     /// [`WatchError::Closed`] when the store is gone.
-    pub async fn next(&mut self) -> Result<Event, WatchError> {
+    pub async fn next(&mut self) -> Result<Arc<Event>, WatchError> {
         loop {
             let event = match self.missed.pop_front() {
                 Some(event) => event,
@@ -183,7 +194,17 @@ pub trait Store: Send + Sync + 'static {
     /// All keys under each of the prefixes, read at one moment.
     fn list<'a>(&'a self, prefixes: &'a [&'a str]) -> BoxFuture<'a, Result<Listing, StoreError>>;
 
-    /// Applies the transaction if its expectations hold; durable before it returns.
+    /// At most `limit` keys under the prefix that come after `after`, for what is too long to be
+    /// listed at once.
+    fn page<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Listing, StoreError>>;
+
+    /// Applies the transaction if its expectations hold; durable before it returns. Transactions that
+    /// wait at once are made durable together, so many at once cost little more than one.
     fn commit(&self, transaction: Transaction) -> BoxFuture<'_, Result<Outcome, StoreError>>;
 
     /// Commits after `from`.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::redb::RedbStore;
-use super::{Outcome, Store, StoreError, Transaction, WatchError, Write};
+use super::{Change, Outcome, Store, StoreError, Transaction, WatchError, Write};
 
 fn put(key: &str, value: &str) -> Write {
     Write::Put { key: key.to_owned(), value: value.as_bytes().to_vec(), lease: None }
@@ -136,8 +136,13 @@ async fn a_watch_sees_every_commit_after_its_revision_once_and_in_order() {
     let mut watch = store.watch(first).expect("recent");
     committed(&store, transaction(&[], vec![put("c", "1"), Write::Delete { key: "a".into() }])).await;
     let (second, third) = (watch.next().await.expect("open"), watch.next().await.expect("open"));
-    assert_eq!((second.revision, second.keys), (first + 1, vec!["b".to_owned()]));
-    assert_eq!((third.revision, third.keys), (first + 2, vec!["c".to_owned(), "a".to_owned()]));
+    let change = |key: &str, value: Option<&str>| Change {
+        key: key.to_owned(),
+        value: value.map(|value| value.as_bytes().to_vec()),
+    };
+    assert_eq!((second.revision, &second.changes), (first + 1, &vec![change("b", Some("1"))]));
+    let both = vec![change("c", Some("1")), change("a", None)];
+    assert_eq!((third.revision, &third.changes), (first + 2, &both));
 
     drop(watch);
     let store = reopen(&dir, store).await;
@@ -156,7 +161,7 @@ async fn keys_go_with_their_lease() {
     watch.next().await.expect("the write");
     let gone =
         tokio::time::timeout(Duration::from_secs(30), watch.next()).await.expect("it ends").expect("open");
-    assert_eq!(gone.keys, ["short"]);
+    assert_eq!(gone.changes, [Change { key: "short".to_owned(), value: None }]);
     assert!(matches!(store.keep_alive(short).await, Err(StoreError::NoLease(_))));
     let late = store.commit(transaction(&[], vec![leased("late", short)])).await;
     assert!(matches!(late, Err(StoreError::NoLease(_))), "a key outlived its lease");
@@ -166,4 +171,54 @@ async fn keys_go_with_their_lease() {
     store.keep_alive(long).await.expect("it survives a restart");
     store.revoke_lease(long).await.expect("works");
     assert!(store.get("long").await.expect("works").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_that_wait_together_are_each_decided_alone() {
+    let (_dir, store) = fresh();
+    let ended = store.grant_lease(Duration::from_secs(3600)).await.expect("works");
+    store.revoke_lease(ended).await.expect("works");
+    let leased = Write::Put { key: "leased".into(), value: vec![], lease: Some(ended) };
+    let mut works: Vec<_> = (0..64)
+        .map(|number: u32| {
+            transaction(&[(&format!("k/{}", number / 2), None)], vec![put(&format!("k/{}", number / 2), "v")])
+        })
+        .collect();
+    works.push(transaction(&[], vec![put("half", "v"), leased]));
+    let mut watch = store.watch(0).expect("new");
+    let outcomes = futures_util::future::join_all(works.into_iter().map(|work| store.commit(work))).await;
+    let won = outcomes.iter().filter(|one| matches!(one, Ok(Outcome::Committed(_)))).count();
+    let lost = outcomes.iter().filter(|one| matches!(one, Ok(Outcome::Conflict { .. }))).count();
+    assert_eq!((won, lost), (32, 32), "of two that make the same key, one does");
+    assert!(matches!(outcomes.last(), Some(Err(StoreError::NoLease(_)))));
+    assert!(store.get("half").await.expect("works").is_none(), "a refused one wrote something");
+    let mut revisions: Vec<_> = outcomes
+        .iter()
+        .filter_map(|one| match one {
+            Ok(Outcome::Committed(revision)) => Some(*revision),
+            _ => None,
+        })
+        .collect();
+    revisions.sort_unstable();
+    for revision in revisions {
+        assert_eq!(watch.next().await.expect("open").revision, revision, "each has its own");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_together_are_the_listing() {
+    let (_dir, store) = fresh();
+    let keys: Vec<String> = (0..25).map(|number| format!("p/{number:02}")).collect();
+    let mut writes: Vec<_> = keys.iter().map(|key| put(key, "v")).collect();
+    writes.extend([put("o", "v"), put("q", "v")]);
+    committed(&store, transaction(&[], writes)).await;
+    let (mut found, mut after) = (Vec::new(), None::<String>);
+    loop {
+        let page = store.page("p/", after.as_deref(), 10).await.expect("works");
+        let Some(last) = page.entries.last() else { break };
+        after = Some(last.key.clone());
+        assert!(page.entries.len() <= 10);
+        found.extend(page.entries.into_iter().map(|entry| entry.key));
+    }
+    assert_eq!(found, keys);
 }

@@ -34,9 +34,12 @@ async fn a_gang_is_spread_told_who_it_is_and_succeeds_when_all_exit_with_0() {
         assert_eq!(spec.hosts.len(), 4);
         assert!(spec.hosts.contains(&(spec.address.clone(), format!("{}-{}", job.id, spec.rank))));
     }
-    let network = one.desired().expect("told").network;
-    assert_eq!(network.routes.len(), 1, "the way to the other node");
-    assert_eq!(network.tenants[0].addresses.len(), 4);
+    let network = one.desired().expect("told").network_with_gangs();
+    assert_eq!(network.tenants[0].addresses.len(), 4, "the whole gang, at once");
+    let network = eventually("the way to the other node", || async {
+        one.desired()?.network.filter(|network| network.routes.len() == 1)
+    })
+    .await;
     assert!(job.tasks[0].address.as_ref().expect("one").starts_with(network.subnet.trim_end_matches("0/24")));
 
     for sandbox in &on_one {

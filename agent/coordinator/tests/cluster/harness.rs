@@ -302,7 +302,9 @@ async fn watch(client: Client, state: Arc<Mutex<AgentState>>, alive: Cancellatio
 impl AgentState {
     /// What an agent does: start what should run and is not known, stop what should stop, forget
     /// what is not desired.
-    fn take(&mut self, desired: NodeDesired) {
+    fn take(&mut self, mut desired: NodeDesired) {
+        let before = self.desired.take().and_then(|before| before.network);
+        desired.network = desired.network.or(before);
         self.sandboxes.retain(|id, _| desired.sandboxes.iter().any(|spec| spec.id == *id));
         for spec in &desired.sandboxes {
             match (self.sandboxes.get_mut(&spec.id), spec.desired) {

@@ -1,0 +1,205 @@
+//! The records, and how a commit changes them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use lathe_api::pool::{Pool, Tenant};
+use serde::de::DeserializeOwned;
+
+use crate::records::{
+    ACTIVE_JOBS, ALIVE, ALLOCATIONS, ASSIGNMENTS, Allocations, Assignment, JobRecord, NODES, NodeRecord,
+    OPERATIONS, Operations, POOLS, TENANTS, Versioned, decode,
+};
+use crate::store::{Entry, Event, Listing, Revision};
+
+/// What is kept.
+pub const PREFIXES: [&str; 8] =
+    [NODES, ALIVE, ALLOCATIONS, ASSIGNMENTS, ACTIVE_JOBS, OPERATIONS, POOLS, TENANTS];
+
+/// The records at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// That moment.
+    pub revision: Revision,
+    /// Nodes that joined.
+    pub nodes: BTreeMap<String, Arc<Versioned<NodeRecord>>>,
+    /// Nodes whose heartbeats arrive, with the commit that began it.
+    pub alive: BTreeMap<String, Revision>,
+    /// By node.
+    pub allocations: BTreeMap<String, Arc<Versioned<Allocations>>>,
+    /// By node, then sandbox.
+    pub assignments: BTreeMap<String, BTreeMap<String, Versioned<Assignment>>>,
+    /// Jobs that have not ended.
+    pub jobs: BTreeMap<String, Arc<Versioned<JobRecord>>>,
+    /// What operators want of nodes.
+    pub operations: BTreeMap<String, Arc<Versioned<Operations>>>,
+    /// As they were set.
+    pub pools: BTreeMap<String, Versioned<Pool>>,
+    /// As they were set.
+    pub tenants: BTreeMap<String, Versioned<Tenant>>,
+    /// Addresses of each tenant's sandboxes.
+    pub addresses: BTreeMap<String, BTreeSet<String>>,
+    /// The other way round: sandbox to tenant and address.
+    sandboxes: HashMap<String, (String, String)>,
+    /// The commit that last changed a tenant's addresses.
+    tenants_changed: HashMap<String, Revision>,
+    /// The commit that last changed a node's subnet or address.
+    pub routes_changed: Revision,
+}
+
+/// What a commit touched.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Nodes of which a record changed.
+    pub nodes: BTreeSet<String>,
+    /// Jobs of which the record changed.
+    pub jobs: BTreeSet<String>,
+    /// Nodes that are told something else now.
+    pub desired: BTreeSet<String>,
+    /// Pools or tenants.
+    pub settings: bool,
+}
+
+impl Contents {
+    /// All of a listing of [`PREFIXES`].
+    pub fn of(listing: &Listing) -> Self {
+        let mut contents = Self { routes_changed: listing.revision, ..Self::default() };
+        let mut touched = Touched::default();
+        let mut assigned = Vec::new();
+        for Entry { key, value, revision } in &listing.entries {
+            contents.change(key, Some(value), *revision, &mut touched, &mut assigned);
+        }
+        contents.readdress(assigned, listing.revision);
+        contents.revision = listing.revision;
+        contents.routes_changed = listing.revision;
+        contents
+    }
+
+    /// Takes in a commit.
+    pub fn apply(&mut self, event: &Event) -> Touched {
+        let mut touched = Touched::default();
+        let mut assigned = Vec::new();
+        for change in &event.changes {
+            self.change(&change.key, change.value.as_deref(), event.revision, &mut touched, &mut assigned);
+        }
+        self.readdress(assigned, event.revision);
+        self.revision = event.revision;
+        touched
+    }
+
+    /// Sets or removes one record.
+    fn change(
+        &mut self,
+        key: &str,
+        value: Option<&[u8]>,
+        revision: Revision,
+        touched: &mut Touched,
+        assigned: &mut Vec<(String, String)>,
+    ) {
+        if let Some(id) = key.strip_prefix(ACTIVE_JOBS) {
+            set(&mut self.jobs, id, read(key, value, revision).map(Arc::new));
+            touched.jobs.insert(id.to_owned());
+        } else if let Some(rest) = key.strip_prefix(ASSIGNMENTS) {
+            let Some((node, sandbox)) = rest.split_once('/') else { return };
+            let of_node = self.assignments.entry(node.to_owned()).or_default();
+            set(of_node, sandbox, read(key, value, revision));
+            if of_node.is_empty() {
+                self.assignments.remove(node);
+            }
+            touched.nodes.insert(node.to_owned());
+            touched.desired.insert(node.to_owned());
+            assigned.push((node.to_owned(), sandbox.to_owned()));
+        } else if let Some(node) = key.strip_prefix(ALLOCATIONS) {
+            set(&mut self.allocations, node, read(key, value, revision).map(Arc::new));
+            touched.nodes.insert(node.to_owned());
+        } else if let Some(node) = key.strip_prefix(NODES) {
+            let record = read::<NodeRecord>(key, value, revision);
+            let route = |record: &NodeRecord| (record.subnet.clone(), record.address.clone());
+            let before = self.nodes.get(node).map(|record| route(&record.value));
+            if before != record.as_ref().map(|record| route(&record.value)) {
+                self.routes_changed = revision;
+                touched.desired.insert(node.to_owned());
+            }
+            set(&mut self.nodes, node, record.map(Arc::new));
+            touched.nodes.insert(node.to_owned());
+        } else if let Some(node) = key.strip_prefix(OPERATIONS) {
+            set(&mut self.operations, node, read(key, value, revision).map(Arc::new));
+            touched.nodes.insert(node.to_owned());
+        } else if let Some(name) = key.strip_prefix(POOLS) {
+            set(&mut self.pools, name, read(key, value, revision));
+            touched.settings = true;
+        } else if let Some(name) = key.strip_prefix(TENANTS) {
+            set(&mut self.tenants, name, read(key, value, revision));
+            touched.settings = true;
+        } else if let Some(node) = key.strip_prefix(ALIVE) {
+            set(&mut self.alive, node, value.map(|_| revision));
+            touched.nodes.insert(node.to_owned());
+        }
+    }
+
+    /// Keeps the tenants' addresses right for assignments that came, changed or went.
+    fn readdress(&mut self, assigned: Vec<(String, String)>, revision: Revision) {
+        for (node, sandbox) in assigned {
+            let now = self.address(&node, &sandbox);
+            if self.sandboxes.get(&sandbox) == now.as_ref() {
+                continue;
+            }
+            if let Some((tenant, address)) = self.sandboxes.remove(&sandbox) {
+                self.tenants_changed.insert(tenant.clone(), revision);
+                if let Some(addresses) = self.addresses.get_mut(&tenant) {
+                    addresses.remove(&address);
+                    if addresses.is_empty() {
+                        self.addresses.remove(&tenant);
+                    }
+                }
+            }
+            if let Some((tenant, address)) = now {
+                self.tenants_changed.insert(tenant.clone(), revision);
+                self.addresses.entry(tenant.clone()).or_default().insert(address.clone());
+                self.sandboxes.insert(sandbox, (tenant, address));
+            }
+        }
+    }
+
+    /// Tenant and address of a sandbox that should exist.
+    fn address(&self, node: &str, sandbox: &str) -> Option<(String, String)> {
+        let assignment = &self.assignments.get(node)?.get(sandbox)?.value;
+        let job = &self.jobs.get(&assignment.job)?.value.job;
+        let address = job.tasks.get(assignment.rank as usize)?.address.clone()?;
+        Some((job.tenant.clone(), address))
+    }
+
+    /// The commit that last changed the addresses of one of these tenants.
+    pub fn addresses_changed<'a>(&self, tenants: impl Iterator<Item = &'a str>) -> Revision {
+        tenants.filter_map(|tenant| self.tenants_changed.get(tenant)).copied().max().unwrap_or(0)
+    }
+
+    /// What should be on a node.
+    pub fn assigned(&self, node: &str) -> impl Iterator<Item = (&String, &Versioned<Assignment>)> {
+        self.assignments.get(node).into_iter().flatten()
+    }
+
+    /// The tenant of a sandbox that should exist.
+    pub fn tenant_of(&self, sandbox: &str) -> Option<&str> {
+        self.sandboxes.get(sandbox).map(|(tenant, _)| tenant.as_str())
+    }
+}
+
+fn set<T>(map: &mut BTreeMap<String, T>, key: &str, value: Option<T>) {
+    match value {
+        Some(value) => drop(map.insert(key.to_owned(), value)),
+        None => drop(map.remove(key)),
+    }
+}
+
+/// A record that does not decode is as if it were not there, but for that it cannot be written over:
+/// whoever tries expects another revision of it.
+fn read<T: DeserializeOwned>(key: &str, value: Option<&[u8]>, revision: Revision) -> Option<Versioned<T>> {
+    match decode(key, value?, revision) {
+        Ok(record) => Some(record),
+        Err(error) => {
+            tracing::error!(%error, "a record is left out");
+            None
+        }
+    }
+}
