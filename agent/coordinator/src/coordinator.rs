@@ -84,6 +84,8 @@ pub struct Coordinator {
     pub sequence: Sequence,
     /// Why jobs wait.
     pub explanations: Explanations,
+    /// Held by the one join at a time.
+    pub joining: tokio::sync::Mutex<()>,
     /// Wakes the reconciler.
     pub changed: Notify,
     /// Ends everything.
@@ -143,6 +145,7 @@ impl Coordinator {
             cidr,
             options,
             metrics: Metrics::default(),
+            joining: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             shutdown: CancellationToken::new(),
             live: Mutex::default(),

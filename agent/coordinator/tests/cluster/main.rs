@@ -5,3 +5,4 @@ mod data;
 mod gangs;
 mod gpus;
 mod harness;
+mod scale;
