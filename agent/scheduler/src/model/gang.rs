@@ -148,7 +148,7 @@ pub enum Isolation {
     /// It shares all.
     #[default]
     Shared,
-    /// Its CPUs are whole cores of its own.
+    /// Its CPUs are whole ones of its own: a task takes its CPUs rounded up.
     Cores,
     /// No GPU of another tenant is below the PCIe switches of its GPUs.
     Switch,
@@ -178,6 +178,15 @@ pub enum Communication {
 }
 
 impl Gang {
+    /// What one task takes of a node: with cores of its own, CPUs are rounded up.
+    pub fn taken(&self) -> Amount {
+        let mut amount = self.task.amount;
+        if self.isolation == Isolation::Cores {
+            amount.cpu_milli = amount.cpu_milli.div_ceil(1000).saturating_mul(1000);
+        }
+        amount
+    }
+
     /// Whether it may run beside these taints.
     pub fn tolerates(&self, taints: &[Taint]) -> bool {
         taints.iter().all(|taint| {

@@ -10,12 +10,16 @@
 
 mod amount;
 mod cluster;
+mod fingerprint;
+mod free;
 mod gang;
 mod gpu;
 mod node;
 
 pub use amount::Amount;
-pub use cluster::{Cluster, Free, Running, TakeError, TaskPlace};
+pub use cluster::{Cluster, Running, TakeError, TaskPlace};
+pub(crate) use fingerprint::Fold;
+pub use free::{Free, SwitchUse};
 pub use gang::{
     Communication, Constraint, Gang, Input, Isolation, Operator, Preference, Scope, Size, TaskRequest,
 };

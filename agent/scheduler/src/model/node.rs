@@ -7,7 +7,7 @@ use lathe_api::job::IsolationClass;
 use super::{Amount, Gpu};
 
 /// A node, as it is when nothing runs on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Node {
     /// Unique.
     pub name: String,
@@ -42,14 +42,14 @@ pub struct Node {
 }
 
 /// A NUMA node of a node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct NumaNode {
     /// What tasks can have of it; sandboxes do not count here.
     pub total: Amount,
 }
 
 /// Whether a node takes work.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Offer {
     /// It does.
     #[default]
@@ -72,7 +72,7 @@ pub enum Offer {
 }
 
 /// Keeps away what does not tolerate it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Taint {
     /// Key.
     pub key: String,
@@ -81,7 +81,7 @@ pub struct Taint {
 }
 
 /// A time during which a node will not be there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
     /// From, milliseconds.
     pub from_ms: u64,

@@ -30,17 +30,13 @@ impl Item {
     /// What so many tasks use.
     pub fn share(&self, tasks: u32) -> Share {
         Share {
-            amount: self.gang.task.amount.times(tasks),
+            amount: self.gang.taken().times(tasks),
             gpu_milli: self.gpu_milli.saturating_mul(tasks.into()),
         }
     }
 
     pub fn size(&self) -> Hardness {
-        Hardness {
-            amount: self.gang.task.amount,
-            gpus: self.gang.task.gpu_count(),
-            tasks: self.gang.tasks.min,
-        }
+        Hardness { amount: self.gang.taken(), gpus: self.gang.task.gpu_count(), tasks: self.gang.tasks.min }
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::known::Item;
-use crate::model::{Amount, Cluster, Free, Gang, GpuFree, Isolation, Node, TaskPlace};
+use crate::model::{Cluster, Free, Gang, Node, TaskPlace};
 
 /// For ever.
 pub(super) const FOREVER: u64 = u64::MAX;
@@ -39,7 +39,7 @@ impl Overlay {
     /// As if the task were there, as far as there is room.
     pub fn withhold(&mut self, cluster: &mut Cluster, gang: &Gang, place: &TaskPlace) {
         let mut free = cluster.free()[place.node as usize].clone();
-        free.withhold(gang, place);
+        free.withhold(&cluster.nodes()[place.node as usize], gang, place);
         self.set(cluster, place.node, free);
     }
 
@@ -56,7 +56,7 @@ impl Overlay {
     pub fn took(&mut self, cluster: &Cluster, gang: &Gang, places: &[TaskPlace]) {
         for place in places {
             if let Some(free) = self.saved.get_mut(&place.node) {
-                let taken = free.take(&cluster.nodes()[place.node as usize].name, gang, place);
+                let taken = free.take(&cluster.nodes()[place.node as usize], gang, place);
                 debug_assert_eq!(taken, Ok(()), "a view shows no more than there is");
             }
         }
@@ -287,16 +287,11 @@ impl Rooms {
         let mut least = free.clone();
         for (_, takes, gang, place) in changes {
             if takes {
-                free.withhold(gang, place);
+                free.withhold(&cluster.nodes()[node as usize], gang, place);
                 least.limit(&free);
             } else {
                 free.give(&cluster.nodes()[node as usize], gang, place);
             }
-        }
-        // A node that will be one tenant's alone is nothing for others meanwhile.
-        if reserved.iter().any(|reservation| reservation.gang.isolation == Isolation::Node) {
-            least.gpus.iter_mut().for_each(|gpu| *gpu = GpuFree::NONE);
-            least.amount = Amount::default();
         }
         least
     }
@@ -323,7 +318,7 @@ impl Rooms {
 
 /// How many tasks of a gang a node holds at most, if this much of it is free.
 pub(super) fn holds(node: &Node, free: &Free, gang: &Gang) -> u32 {
-    let by_amount = free.amount.holds(&gang.task.amount);
+    let by_amount = free.amount.holds(&gang.taken());
     let Some(request) = &gang.task.gpus else { return by_amount };
     if by_amount == 0 {
         return 0;

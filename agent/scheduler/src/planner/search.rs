@@ -237,7 +237,7 @@ pub(super) fn recheck(
         let real = &cluster.free()[node as usize];
         let fits = |at: &u64| {
             let mut free = rooms.free(cluster, real, node, *at, FOREVER, own);
-            places.iter().all(|place| free.take(&machine.name, gang, place).is_ok())
+            places.iter().all(|place| free.take(machine, gang, place).is_ok())
         };
         let at = times.into_iter().find(|at| fits(at))?;
         if at > from {
