@@ -94,6 +94,8 @@ pub enum Reason {
         /// The name.
         pool: String,
     },
+    /// Its turn did not come: too many different gangs before it found no room.
+    Unseen,
     /// It runs already: it can start again only when that is gone.
     RunsStill,
 }
@@ -141,6 +143,9 @@ impl fmt::Display for Reason {
                 write!(f, "gets the room of job{s} {}, told to make it", gangs.join(", "))
             }
             Self::NoPool { pool } => write!(f, "there is no pool {pool:?}: see `lathe pool list`"),
+            Self::Unseen => {
+                f.write_str("its turn has not come: many different jobs before it wait for room, too")
+            }
             Self::RunsStill => {
                 f.write_str("its tasks from before run still: it starts again when they are gone")
             }
