@@ -125,7 +125,7 @@ pub struct Resources {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_memory: Option<MemorySize>,
     /// A MIG instance of this profile (`1g.10gb`) instead of a whole GPU. Not available yet: refused with
-    /// a clear error unless a node reports the profile.
+    /// a clear error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_profile: Option<String>,
 }

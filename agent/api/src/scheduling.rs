@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::job::JobState;
+
 /// Within what a whole gang must be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -164,8 +166,8 @@ pub struct Decision {
 pub struct Why {
     /// The job.
     pub job: String,
-    /// Its state, reason and place on one line.
-    pub summary: String,
+    /// Now.
+    pub state: JobState,
     /// What it waits for, or why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

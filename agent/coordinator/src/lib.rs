@@ -4,7 +4,10 @@
 //! - [`api`]: the HTTP API, over [`server`]'s mutual TLS ([`pki`]) and [`tokens`].
 //! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it; [`state`]: the same,
 //!   decoded and in memory. [`sequence`]: numbers of jobs.
-//! - [`submit`]: jobs come in. [`observe`]: nodes join and report. [`suspicion`]: nodes that refuse.
+//! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report. [`suspicion`]:
+//!   nodes that refuse.
+//! - [`policy`]: pools, tenants and jobs as the scheduler knows them; [`quotas`]: whether they fit.
+//! - [`operate`]: what operators do; [`audit`]: what they did. [`remedy`]: what would help.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
 //!   jobs wait.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
@@ -17,7 +20,9 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod audit;
 pub mod blobs;
+pub mod check;
 pub mod clock;
 pub mod coordinator;
 pub mod desired;
@@ -27,9 +32,13 @@ pub mod logs;
 pub mod metrics;
 pub mod network;
 pub mod observe;
+pub mod operate;
 pub mod pki;
+pub mod policy;
+pub mod quotas;
 pub mod reconcile;
 pub mod records;
+pub mod remedy;
 pub mod sequence;
 pub mod server;
 pub mod state;

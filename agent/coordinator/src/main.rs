@@ -19,7 +19,7 @@ use lathe_coordinator::pki::CA_FILE;
 use lathe_coordinator::records::{CLUSTER, ClusterRecord, load};
 use lathe_coordinator::store::StoreError;
 use lathe_coordinator::store::redb::RedbStore;
-use lathe_coordinator::{server, submit, tokens};
+use lathe_coordinator::{check, server, tokens};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -203,7 +203,7 @@ async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
 async fn token(command: TokenCommand) -> anyhow::Result<()> {
     match command {
         TokenCommand::Create { data_dir, kind, tenant, expires } => {
-            if let Err(reason) = submit::check_name(&tenant) {
+            if let Err(reason) = check::check_name(&tenant) {
                 bail!("--tenant {reason}");
             }
             let kind = match kind {

@@ -1,50 +1,25 @@
 //! Jobs as they are submitted: checked, resolved to digests, and written down in order.
 
-use lathe_api::MemorySize;
 use lathe_api::artefact::{Dataset, Digest, Image};
-use lathe_api::job::{DatasetMount, IsolationClass, Job, JobSpec, JobState};
+use lathe_api::job::{DatasetMount, Job, JobSpec, JobState};
+use lathe_api::pool::{DEFAULT_POOL, Pool};
+use lathe_api::scheduling::{DecidedBy, DecisionKind};
+use lathe_scheduler::model::Gang;
 
 use crate::api::error::ApiError;
+use crate::check;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
+use crate::policy;
 use crate::reconcile::fresh_tasks;
 use crate::records::{
-    ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JobRecord, Owned, Versioned, load, put,
+    ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JobRecord, Owned, POOLS, Versioned, load, put,
 };
 use crate::store::{Outcome, StoreError, Transaction};
 use crate::tokens;
 
-const MAX_TASKS: u32 = 1024;
-const MAX_CPUS: u32 = 64;
-/// No host has more that a guest could take.
-const MAX_GPUS: u32 = 64;
-/// Below this Linux and its initramfs do not start.
-const MIN_MICROVM_MEMORY: MemorySize = MemorySize::from_mib(64);
-/// Below this a cgroup kills whatever is started in it.
-const MIN_CONTAINER_MEMORY: MemorySize = MemorySize::from_mib(8);
-/// 1 PiB: no machine has it, and sums of a gang's memory stay far from overflow.
-const MAX_MEMORY: MemorySize = MemorySize::from_mib(1 << 30);
-const MAX_GRACE_SECONDS: u32 = 3600;
-const MAX_RESTARTS: u32 = 1000;
-/// Bounds on lists: they travel to every node with every change.
-const MAX_ARGS: usize = 1024;
-const MAX_ENV: usize = 1024;
-const MAX_DATASETS: usize = 64;
 /// How often a submission is tried again when others submit too.
 const ATTEMPTS: usize = 64;
-
-/// Checks a name of a job, node or tenant.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check_name(name: &str) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    if (1..=63).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('-') {
-        return Ok(());
-    }
-    let shown: String = name.chars().take(80).collect();
-    Err(format!("{shown:?}: 1 to 63 characters of a-z, 0-9 and -, not beginning with -"))
-}
 
 /// Job, rank and attempt of a sandbox's ID.
 pub fn parse_sandbox_id(id: &str) -> Option<(&str, u32, u32)> {
@@ -78,7 +53,8 @@ pub async fn find_job(
 /// # Errors
 /// See there.
 pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> Result<Job, ApiError> {
-    check(&spec)?;
+    check::job(&spec)?;
+    check_pool(coordinator, tenant, &spec.pool).await?;
     let image = resolve_image(coordinator, &spec.image).await?;
     let mut datasets = Vec::new();
     for (index, mount) in spec.datasets.iter().enumerate() {
@@ -131,6 +107,21 @@ pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> R
     Err(StoreError::Contended(ACTIVE_JOBS.to_owned()).into())
 }
 
+/// Checks a job as [`submit`] does, and answers what it would ask for; nothing is changed.
+///
+/// # Errors
+/// See there.
+pub async fn gang(coordinator: &Coordinator, tenant: &str, spec: &JobSpec) -> Result<Gang, ApiError> {
+    check::job(spec)?;
+    check_pool(coordinator, tenant, &spec.pool).await?;
+    let image = resolve_image(coordinator, &spec.image).await?;
+    let mut datasets = Vec::new();
+    for (index, mount) in spec.datasets.iter().enumerate() {
+        datasets.push(resolve_dataset(coordinator, index, mount).await?);
+    }
+    Ok(Gang { inputs: policy::inputs(&image, &datasets), ..policy::gang_of(tenant, spec) })
+}
+
 /// Asks for a job to be cancelled. One that has ended stays as it is.
 ///
 /// # Errors
@@ -145,6 +136,7 @@ pub async fn cancel(coordinator: &Coordinator, id: &str) -> Result<Option<Job>, 
         next.cancelled = true;
         next.job.state = JobState::Cancelling;
         next.job.reason = None;
+        next.decide(DecisionKind::Cancelled, DecidedBy::Owner, "asked for", now_ms());
         let key = format!("{ACTIVE_JOBS}{id}");
         let transaction = Transaction {
             expect: vec![(key.clone(), Some(record.revision))],
@@ -156,6 +148,25 @@ pub async fn cancel(coordinator: &Coordinator, id: &str) -> Result<Option<Job>, 
         }
     }
     Err(StoreError::Contended(format!("{ACTIVE_JOBS}{id}")).into())
+}
+
+/// Whether the job's pool is one that takes this tenant's jobs. A pool that others have for themselves
+/// looks as if it did not exist.
+///
+/// Somebody may remove the pool at the same moment: the job then waits, and that is its reason.
+async fn check_pool(coordinator: &Coordinator, tenant: &str, name: &str) -> Result<(), ApiError> {
+    let refused = || {
+        let shown: String = name.chars().take(80).collect();
+        let detail = format!("there is no pool {shown:?} for tenant {tenant}; see `lathe pool list`");
+        ApiError::field("pool", detail)
+    };
+    // Before the name is part of a key.
+    check::check_name(name).map_err(|_| refused())?;
+    match load::<Pool>(&*coordinator.store, &format!("{POOLS}{name}")).await? {
+        Some(pool) if pool.value.admits(tenant) => Ok(()),
+        None if name == DEFAULT_POOL => Ok(()),
+        _ => Err(refused()),
+    }
 }
 
 async fn resolve_image(coordinator: &Coordinator, reference: &str) -> Result<Image, ApiError> {
@@ -202,99 +213,6 @@ fn check_digest(wanted: Option<Digest>, found: Digest) -> Result<(), String> {
         Some(wanted) if wanted != found => Err(format!("the name now means {found}, not {wanted}")),
         _ => Ok(()),
     }
-}
-
-fn check(spec: &JobSpec) -> Result<(), ApiError> {
-    check_name(&spec.name).map_err(|reason| ApiError::field("name", reason))?;
-    if spec.class == IsolationClass::Unikernel {
-        let detail = "class unikernel is not available yet; use microvm or container";
-        return Err(ApiError::field("class", detail));
-    }
-    range("tasks", spec.tasks, 1, MAX_TASKS)?;
-    range("grace_seconds", spec.grace_seconds, 0, MAX_GRACE_SECONDS)?;
-    range("restart.on_failure", spec.restart.on_failure, 0, MAX_RESTARTS)?;
-    range("restart.on_loss", spec.restart.on_loss, 0, MAX_RESTARTS)?;
-    check_resources(spec)?;
-    check_command(spec)?;
-    check_mounts(&spec.datasets)
-}
-
-fn check_resources(spec: &JobSpec) -> Result<(), ApiError> {
-    let resources = &spec.resources;
-    range("resources.cpus", resources.cpus, 1, MAX_CPUS)?;
-    range("resources.gpus", resources.gpus, 0, MAX_GPUS)?;
-    if resources.gpus != 0 && spec.class != IsolationClass::Microvm {
-        let detail = format!("{}: only tasks of class microvm can have GPUs", resources.gpus);
-        return Err(ApiError::field("resources.gpus", detail));
-    }
-    let minimum = match spec.class {
-        IsolationClass::Container => MIN_CONTAINER_MEMORY,
-        _ => MIN_MICROVM_MEMORY,
-    };
-    if resources.memory < minimum || resources.memory > MAX_MEMORY {
-        let detail = format!("{}: a task of this class needs {minimum} to {MAX_MEMORY}", resources.memory);
-        return Err(ApiError::field("resources.memory", detail));
-    }
-    if let Some(disk) = resources.disk
-        && (disk.bytes() < 1 << 20 || disk > MAX_MEMORY)
-    {
-        return Err(ApiError::field("resources.disk", format!("{disk}: 1 MiB to {MAX_MEMORY}")));
-    }
-    Ok(())
-}
-
-fn check_command(spec: &JobSpec) -> Result<(), ApiError> {
-    let nul = |text: &str| text.contains('\0');
-    if spec.args.len() > MAX_ARGS || spec.args.iter().any(|arg| nul(arg)) {
-        return Err(ApiError::field("args", format!("at most {MAX_ARGS}, without NUL characters")));
-    }
-    if let Some(entrypoint) = &spec.entrypoint
-        && (entrypoint.is_empty() || entrypoint.len() > MAX_ARGS || entrypoint.iter().any(|arg| nul(arg)))
-    {
-        let detail =
-            format!("1 to {MAX_ARGS} words without NUL characters; leave it out for the image's own");
-        return Err(ApiError::field("entrypoint", detail));
-    }
-    if spec.env.len() > MAX_ENV {
-        return Err(ApiError::field("env", format!("at most {MAX_ENV} variables")));
-    }
-    for (name, value) in &spec.env {
-        if name.is_empty() || name.contains('=') || nul(name) || nul(value) {
-            let detail = format!("{name:?}: a name without = and NUL, and a value without NUL");
-            return Err(ApiError::field("env", detail));
-        }
-    }
-    Ok(())
-}
-
-fn check_mounts(mounts: &[DatasetMount]) -> Result<(), ApiError> {
-    if mounts.len() > MAX_DATASETS {
-        return Err(ApiError::field("datasets", format!("at most {MAX_DATASETS}")));
-    }
-    for (index, mount) in mounts.iter().enumerate() {
-        let path = &mount.mount;
-        let plain = path.strip_prefix('/').is_some_and(|rest| {
-            let mut parts = rest.split('/');
-            !rest.is_empty() && !path.contains('\0') && parts.all(|part| !matches!(part, "" | "." | ".."))
-        });
-        let field = || format!("datasets.{index}.mount");
-        if !plain || path.len() > 1024 {
-            let detail = format!("{path:?}: an absolute path without empty, . and .. parts");
-            return Err(ApiError::field(field(), detail));
-        }
-        let inside = |other: &str| format!("{path}/").starts_with(&format!("{other}/"));
-        if mounts.iter().enumerate().any(|(other, m)| other != index && inside(&m.mount)) {
-            return Err(ApiError::field(field(), format!("{path:?} is inside another dataset's folder")));
-        }
-    }
-    Ok(())
-}
-
-fn range(field: &str, value: u32, least: u32, most: u32) -> Result<(), ApiError> {
-    if (least..=most).contains(&value) {
-        return Ok(());
-    }
-    Err(ApiError::field(field, format!("{value}: {least} to {most} are possible")))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use super::stream::{Gone, Lines, json_lines};
 use crate::coordinator::Coordinator;
 use crate::logs::LogFile;
 use crate::records::{ASSIGNMENTS, Assignment, load};
-use crate::{desired, observe, submit, tokens};
+use crate::{check, desired, observe, submit, tokens};
 
 const JOIN_BYTES: usize = 64 << 10;
 /// 253 sandboxes and an inventory of thousands of devices fit.
@@ -44,7 +44,7 @@ pub async fn join(
     if token.kind != TokenKind::Join {
         return Err(ApiError::forbidden("this is not a join token"));
     }
-    submit::check_name(&request.name).map_err(|reason| ApiError::field("name", reason))?;
+    check::check_name(&request.name).map_err(|reason| ApiError::field("name", reason))?;
     let (certificate_pem, fingerprint) = coordinator.authority.sign_node(&request.csr_pem, &request.name)?;
     observe::join(&coordinator, &request.name, fingerprint).await?;
     Ok(axum::Json(JoinResponse { certificate_pem }))

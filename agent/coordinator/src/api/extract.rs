@@ -26,13 +26,18 @@ pub struct User(pub TokenInfo);
 impl User {
     /// Whether they may see and change what belongs to this tenant.
     pub fn may(&self, tenant: &str) -> bool {
-        self.0.kind == TokenKind::Admin || self.0.tenant == tenant
+        self.is_admin() || self.0.tenant == tenant
+    }
+
+    /// Whether they operate the cluster.
+    pub fn is_admin(&self) -> bool {
+        self.0.kind == TokenKind::Admin
     }
 }
 
 /// A person with an admin token.
 #[derive(Clone, Debug)]
-pub struct Admin;
+pub struct Admin(pub TokenInfo);
 
 /// A registered node, by the certificate of its last join.
 #[derive(Clone, Debug)]
@@ -64,7 +69,7 @@ impl FromRequestParts<Arc<Coordinator>> for Admin {
     async fn from_request_parts(parts: &mut Parts, coordinator: &Arc<Coordinator>) -> Result<Self, ApiError> {
         let User(info) = User::from_request_parts(parts, coordinator).await?;
         match info.kind {
-            TokenKind::Admin => Ok(Self),
+            TokenKind::Admin => Ok(Self(info)),
             _ => Err(ApiError::forbidden("this needs an admin token")),
         }
     }

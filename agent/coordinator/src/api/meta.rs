@@ -38,7 +38,7 @@ pub async fn metrics(State(coordinator): State<Arc<Coordinator>>) -> Result<impl
 }
 
 async fn cluster_gauges(coordinator: &Coordinator, page: &mut Page) -> Result<(), ApiError> {
-    let nodes = super::nodes::nodes(coordinator).await?;
+    let nodes = super::nodes::nodes(coordinator, None).await?;
     let count = |state| nodes.iter().filter(|node| node.state == state).count() as u64;
     page.family("lathe_nodes", "gauge", "Nodes by state.");
     page.sample("lathe_nodes", "state=\"ready\"", count(NodeState::Ready));

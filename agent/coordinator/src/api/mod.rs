@@ -1,7 +1,7 @@
 //! The HTTP API.
 //!
 //! - `agent`: join, report, desired state, logs: for nodes.
-//! - `jobs`, `nodes`, `artefacts`, `blobs`, `tokens`: for people.
+//! - `jobs`, `nodes`, `pools` (with tenants and the audit log), `artefacts`, `blobs`, `tokens`: for people.
 //! - `meta`: health, metrics, the description.
 //! - `extract`: who asks; bounded bodies. `error`: problem documents. `stream`: JSON lines.
 
@@ -14,6 +14,7 @@ mod jobs;
 mod meta;
 mod nodes;
 pub mod openapi;
+mod pools;
 mod stream;
 pub mod tokens;
 
@@ -42,6 +43,12 @@ pub fn router(coordinator: Arc<Coordinator>) -> Router {
         .route("/v1/datasets/{name}", get(artefacts::dataset))
         .route("/v1/nodes", get(nodes::list))
         .route("/v1/nodes/{name}", get(nodes::show))
+        .route("/v1/nodes/{name}/operations", post(nodes::operate))
+        .route("/v1/pools", get(pools::pools))
+        .route("/v1/pools/{name}", get(pools::pool).put(pools::set_pool).delete(pools::remove_pool))
+        .route("/v1/tenants", get(pools::tenants))
+        .route("/v1/tenants/{name}", get(pools::tenant).put(pools::set_tenant).delete(pools::remove_tenant))
+        .route("/v1/audit", get(pools::audit_log))
         .route("/v1/jobs", get(jobs::list).post(jobs::submit))
         .route("/v1/jobs/{id}", get(jobs::show))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))

@@ -2,7 +2,7 @@
 
 use utoipa::OpenApi;
 
-use super::{agent, artefacts, blobs, jobs, meta, nodes, tokens};
+use super::{agent, artefacts, blobs, jobs, meta, nodes, pools, tokens};
 
 /// OpenAPI 3.1. `tests/openapi.json` is its golden file.
 #[derive(OpenApi)]
@@ -34,6 +34,16 @@ use super::{agent, artefacts, blobs, jobs, meta, nodes, tokens};
         jobs::logs,
         nodes::list,
         nodes::show,
+        nodes::operate,
+        pools::pools,
+        pools::pool,
+        pools::set_pool,
+        pools::remove_pool,
+        pools::tenants,
+        pools::tenant,
+        pools::set_tenant,
+        pools::remove_tenant,
+        pools::audit_log,
         tokens::create,
         tokens::list,
         tokens::revoke,

@@ -9,8 +9,8 @@ use lathe_api::token::{TokenCreated, TokenInfo, TokenRequest};
 
 use super::error::ApiError;
 use super::extract::{Admin, Json};
+use crate::check::check_name;
 use crate::coordinator::Coordinator;
-use crate::submit::check_name;
 use crate::tokens::{self, MAX_EXPIRES_SECONDS};
 
 const REQUEST_BYTES: usize = 64 << 10;

@@ -8,6 +8,7 @@ use super::model::{Model, Synced};
 use super::place;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
+use crate::policy;
 use crate::records::{ENDED_JOBS, JobRecord, decode};
 use crate::state::Unseen;
 use crate::store::StoreError;
@@ -115,7 +116,7 @@ impl Planning {
     fn learn(&mut self, record: &JobRecord) {
         let (Some(finished), Some(placed)) = (record.job.finished_ms, record.placed_ms) else { return };
         let gang = self.model.gang(&record.job.id).cloned();
-        let gang = gang.unwrap_or_else(|| Arc::new(super::model::gang::gang(record)));
+        let gang = gang.unwrap_or_else(|| Arc::new(policy::gang(record)));
         let ran_ms = finished.saturating_sub(placed);
         if let Some(planner) = &mut self.planner {
             planner.ended(&gang, ran_ms);
@@ -140,7 +141,7 @@ impl Planning {
                 if job.state == lathe_api::job::JobState::Succeeded
                     && let (Some(finished), Some(placed)) = (job.finished_ms, record.value.placed_ms)
                 {
-                    let gang = Arc::new(super::model::gang::gang(&record.value));
+                    let gang = Arc::new(policy::gang(&record.value));
                     found.push((finished, gang, finished.saturating_sub(placed)));
                 }
             }

@@ -1,13 +1,11 @@
 //! The records as the planner sees them, kept up to date by what changed.
 //!
-//! - [`node`], [`gang`], [`settings`]: records to nodes, gangs, pools and tenants.
+//! - [`node`]: records to nodes. Gangs, pools and tenants are [`policy`]'s.
 //!
 //! The amounts that are free of a node always follow from its record of allocations, by which
 //! placements are committed, and never from sums kept here: a node that changed is counted anew.
 
-pub mod gang;
 pub mod node;
-pub mod settings;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -19,6 +17,7 @@ use lathe_scheduler::policy::Settings;
 use lathe_scheduler::{Cluster, Gang};
 
 use crate::coordinator::Live;
+use crate::policy;
 use crate::records::{Allocation, Allocations, JobRecord, Operations};
 use crate::state::{Contents, Unseen};
 use crate::submit::parse_sandbox_id;
@@ -58,7 +57,7 @@ impl Model {
     ) -> Synced {
         let mut synced = Synced::default();
         if unseen.all || unseen.settings {
-            let settings = settings::settings(contents);
+            let settings = policy::settings_of(contents);
             synced.settings = settings != self.settings;
             self.settings = settings;
         }
@@ -115,7 +114,7 @@ impl Model {
             return;
         };
         // What a job asks for never changes.
-        let gang = self.gangs.entry(id.to_owned()).or_insert_with(|| Arc::new(gang::gang(record)));
+        let gang = self.gangs.entry(id.to_owned()).or_insert_with(|| Arc::new(policy::gang(record)));
         if waits(record) {
             self.pending.insert(record.sequence, Arc::clone(gang));
             self.numbers.insert(id.to_owned(), record.sequence);

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use lathe_api::HostPciAddress;
 use lathe_api::gpu::{self, GpuHealth, GpuState, Severity};
 use lathe_api::node::{Inventory, LEAF_LABEL, NodeOffer, RACK_LABEL};
-use lathe_scheduler::model::{Free, Gpu, GpuFree, Node, NumaNode, Offer, Sharing, Taint, Window};
+use lathe_scheduler::model::{Free, Gpu, GpuFree, Node, NumaNode, Sharing};
 use lathe_scheduler::Amount;
 
 use crate::coordinator::Live;
 use crate::network::SANDBOXES_PER_NODE;
+use crate::policy;
 use crate::records::{Allocations, NodeRecord, Operations};
 
 /// Memory of a node that tasks do not get: its kernel, agent and page cache, and what each VMM needs
@@ -34,37 +35,19 @@ pub fn node(record: &NodeRecord, operations: &Operations, live: &Live, now_ms: u
         leaf: labels.get(LEAF_LABEL).cloned(),
         rack: labels.get(RACK_LABEL).cloned(),
         labels,
-        taints: operations
-            .taints
-            .iter()
-            .map(|taint| Taint { key: taint.key.clone(), value: taint.value.clone() })
-            .collect(),
+        taints: policy::taints(&operations.taints),
         fetch_mbps: inventory.nics.iter().filter_map(|nic| nic.speed_mbps).max().unwrap_or(0),
         artefacts: inventory.artefacts.iter().map(|one| (one.digest.to_string(), one.bytes)).collect(),
-        offer: offer(operations, live, now_ms),
-        maintenance: operations
-            .maintenance
-            .iter()
-            .filter(|window| window.until_ms > now_ms)
-            .map(|window| Window {
-                from_ms: window.from_ms,
-                until_ms: window.until_ms,
-                reason: window.reason.clone(),
-            })
-            .collect(),
+        offer: policy::offer(&offer(operations, live, now_ms)),
+        maintenance: policy::windows(&operations.maintenance),
     }
 }
 
 /// What an operator wants goes before what is suspected.
-fn offer(operations: &Operations, live: &Live, now_ms: u64) -> Offer {
-    match &operations.offer {
-        NodeOffer::Cordoned(reason) => Offer::Cordoned { reason: reason.clone() },
-        NodeOffer::Draining(reason) => Offer::Draining { reason: reason.clone() },
-        NodeOffer::Suspected(reason) => Offer::Suspected { reason: reason.clone() },
-        NodeOffer::Open => match live.refusals.suspected(now_ms) {
-            Some(reason) => Offer::Suspected { reason: reason.to_owned() },
-            None => Offer::Open,
-        },
+pub fn offer(operations: &Operations, live: &Live, now_ms: u64) -> NodeOffer {
+    match (&operations.offer, live.refusals.suspected(now_ms)) {
+        (NodeOffer::Open, Some(reason)) => NodeOffer::Suspected(reason.to_owned()),
+        (offer, _) => offer.clone(),
     }
 }
 
