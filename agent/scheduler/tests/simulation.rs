@@ -46,7 +46,7 @@ fn three_jobs_by_hand() {
     assert_eq!(figures.waiting_s.mean, (0.0 + 90.0 + 130.0) / 3.0);
     assert_eq!(figures.completion_s.mean, (100.0 + 140.0 + 150.0) / 3.0);
     assert_eq!(figures.bounded_slowdown.max, 7.5);
-    assert_eq!((figures.percent_gpu_allocated, figures.percent_gpu_utilized), (100.0, 100.0));
+    assert_eq!((figures.mean_percent_gpu_allocated, figures.percent_gpu_utilized), (100.0, 100.0));
     // Slowdowns 1, 2.8 and 7.5, each of another tenant.
     let jain = (1.0_f64 + 2.8 + 7.5).powi(2) / (3.0 * (1.0 + 2.8 * 2.8 + 7.5 * 7.5));
     assert!((figures.jain_fairness_jobs - jain).abs() < 1e-12);
@@ -62,7 +62,7 @@ fn gpus_that_nobody_has_are_counted() {
         jobs(&[(0, 100, 1), (0, 50, 2)]),
         options(Queue::FirstComeFirstServed, Backfill::None),
     );
-    assert_eq!(outcome.figures().percent_gpu_allocated, 50.0);
+    assert_eq!(outcome.figures().mean_percent_gpu_allocated, 50.0);
     assert_eq!(outcome.figures().samples[0].percent_gpu_allocated, 75.0);
 }
 

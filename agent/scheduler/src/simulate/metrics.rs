@@ -28,11 +28,7 @@ impl Distribution {
             return Self::default();
         }
         values.sort_by(f64::total_cmp);
-        let at = |part: f64| {
-            let rank = part * (values.len() - 1) as f64;
-            let (low, high) = (values[rank.floor() as usize], values[rank.ceil() as usize]);
-            low + (high - low) * rank.fract()
-        };
+        let at = |part| quantile(&values, part);
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         Self { mean, p50: at(0.5), p95: at(0.95), p99: at(0.99), max: at(1.0) }
     }
@@ -48,6 +44,20 @@ impl Distribution {
             max: mean(|run| run.max),
         }
     }
+}
+
+/// Between two values, interpolated. `sorted` has some.
+fn quantile(sorted: &[f64], part: f64) -> f64 {
+    let rank = part * (sorted.len() - 1) as f64;
+    let (low, high) = (sorted[rank.floor() as usize], sorted[rank.ceil() as usize]);
+    low + (high - low) * rank.fract()
+}
+
+/// The values at each percent from 0 to 100 of them; empty when there are none.
+pub fn curve(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    let percents = if values.is_empty() { 0..0 } else { 0..101_u8 };
+    percents.map(|percent| quantile(&values, f64::from(percent) / 100.0)).collect()
 }
 
 /// The arithmetic mean; 0 of nothing.

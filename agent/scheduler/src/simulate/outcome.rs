@@ -73,11 +73,11 @@ pub struct Figures {
     /// Jain's index over the jobs' bounded slowdown.
     pub jain_fairness_jobs: f64,
     /// Mean share of the GPUs that gangs had, over the makespan, percent.
-    pub percent_gpu_allocated: f64,
+    pub mean_percent_gpu_allocated: f64,
     /// Share of the GPUs' time that went into work that was kept, over the makespan, percent.
     pub percent_gpu_utilized: f64,
     /// Mean share of the GPUs that were free in pieces too small for typical jobs, percent.
-    pub percent_gpu_fragmented: f64,
+    pub mean_percent_gpu_fragmented: f64,
     /// Gangs that were stopped for others.
     pub preemptions: f64,
     /// Gangs that got another size.
@@ -90,6 +90,9 @@ pub struct Figures {
     pub cycles: f64,
     /// The cluster over equal parts of the makespan.
     pub samples: Vec<Sample>,
+    /// Completion times at each percent of the jobs, from 0 to 100, seconds: for plots.
+    #[serde(skip)]
+    pub completion_curve_s: Vec<f64>,
 }
 
 impl Outcome {
@@ -145,14 +148,17 @@ impl Outcome {
             jain_fairness_jobs: metrics::jain(&slowdowns),
             bounded_slowdown: Distribution::of(slowdowns),
             makespan_s: seconds(makespan_ms),
-            percent_gpu_allocated: percent(self.allocated_milli_ms()),
+            mean_percent_gpu_allocated: percent(self.allocated_milli_ms()),
             percent_gpu_utilized: percent(useful),
-            percent_gpu_fragmented: percent(self.integral(|step| step.fragmented_milli)),
+            mean_percent_gpu_fragmented: percent(self.integral(|step| step.fragmented_milli)),
             preemptions: self.preemptions as f64,
             resizes: self.resizes as f64,
             node_failures: self.failures as f64,
             lost_gpu_hours: self.lost_gpu_ms / 3.6e6,
             cycles: self.cycles as f64,
+            completion_curve_s: metrics::curve(
+                done.iter().map(|(job, ended)| seconds(ended - job.arrived_ms)).collect(),
+            ),
             samples: metrics::resample(&self.steps, self.first_ms, self.last_ms(), self.total_milli, SAMPLES),
         }
     }
@@ -185,15 +191,20 @@ impl Figures {
             makespan_s: mean(|run| run.makespan_s),
             jain_fairness_tenants: mean(|run| run.jain_fairness_tenants),
             jain_fairness_jobs: mean(|run| run.jain_fairness_jobs),
-            percent_gpu_allocated: mean(|run| run.percent_gpu_allocated),
+            mean_percent_gpu_allocated: mean(|run| run.mean_percent_gpu_allocated),
             percent_gpu_utilized: mean(|run| run.percent_gpu_utilized),
-            percent_gpu_fragmented: mean(|run| run.percent_gpu_fragmented),
+            mean_percent_gpu_fragmented: mean(|run| run.mean_percent_gpu_fragmented),
             preemptions: mean(|run| run.preemptions),
             resizes: mean(|run| run.resizes),
             node_failures: mean(|run| run.node_failures),
             lost_gpu_hours: mean(|run| run.lost_gpu_hours),
             cycles: mean(|run| run.cycles),
             samples: samples.collect(),
+            completion_curve_s: (0..=100)
+                .map(|at| {
+                    metrics::mean(runs.iter().filter_map(|run| run.completion_curve_s.get(at).copied()))
+                })
+                .collect(),
         }
     }
 }

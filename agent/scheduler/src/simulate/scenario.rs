@@ -43,21 +43,22 @@ pub struct Load {
 }
 
 impl Load {
-    /// Of these jobs.
-    pub fn of(jobs: &[TraceJob]) -> Self {
-        let first = jobs.iter().map(|job| job.arrival_ms).min().unwrap_or(0);
-        let last = jobs.iter().map(|job| job.arrival_ms).max().unwrap_or(0);
-        let work: f64 = jobs.iter().map(|job| job.duration_ms as f64 * f64::from(job.gpus)).sum();
+    /// Of these arrivals.
+    pub fn of(arrivals: &Arrivals) -> Self {
+        let times = arrivals.times();
+        let first = times.iter().map(|time| time.arrival_ms).min().unwrap_or(0);
+        let last = times.iter().map(|time| time.arrival_ms).max().unwrap_or(0);
+        let work: f64 = times.iter().map(|time| time.duration_ms as f64 * time.gpus).sum();
         Self {
             gpus: work / (last - first).max(1) as f64,
-            largest: jobs.iter().map(|job| job.gpus).max().unwrap_or(0),
+            largest: times.iter().map(|time| time.gpus.ceil() as u32).max().unwrap_or(0),
         }
     }
 
-    /// Nodes of `per_node` GPUs on which this is `load`, at least what the largest job needs.
+    /// Nodes of `per_node` GPUs on which this is nearest to `load`, at least what the largest job needs.
     pub fn nodes(&self, load: f64, per_node: u32) -> u32 {
         let per_node = per_node.max(1);
-        let sized = (self.gpus / load / f64::from(per_node)).ceil().clamp(1.0, 1e6) as u32;
+        let sized = (self.gpus / load / f64::from(per_node)).round().clamp(1.0, 1e6) as u32;
         sized.max(self.largest.div_ceil(per_node))
     }
 }
@@ -73,11 +74,64 @@ pub fn equal_nodes(count: u32, gpus: u32) -> Vec<Node> {
     (0..count).map(|index| trace::node(format!("node-{index:0width$}"), amount, gpus, "")).collect()
 }
 
-/// Moves arrivals closer together or apart, around the first, by `factor`.
-pub fn stretch(jobs: &mut [TraceJob], factor: f64) {
-    let first = jobs.iter().map(|job| job.arrival_ms).min().unwrap_or(0);
-    for job in jobs {
-        job.arrival_ms = first + ((job.arrival_ms - first) as f64 * factor).round() as u64;
+/// What comes, with times.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arrivals {
+    /// Jobs.
+    Jobs(Vec<TraceJob>),
+    /// Pods; those that do not say when they came and how long they ran are left out.
+    Pods(Vec<Pod>),
+}
+
+impl Default for Arrivals {
+    fn default() -> Self {
+        Self::Jobs(Vec::new())
+    }
+}
+
+/// When one comes, for how long, on how many GPUs.
+struct Times {
+    arrival_ms: u64,
+    duration_ms: u64,
+    gpus: f64,
+}
+
+impl Arrivals {
+    fn times(&self) -> Vec<Times> {
+        match self {
+            Self::Jobs(jobs) => jobs
+                .iter()
+                .map(|&TraceJob { arrival_ms, duration_ms, gpus, .. }| Times {
+                    arrival_ms,
+                    duration_ms,
+                    gpus: gpus.into(),
+                })
+                .collect(),
+            Self::Pods(pods) => pods
+                .iter()
+                .filter_map(|pod| {
+                    let (arrival_ms, duration_ms) = pod.lifetime_ms?;
+                    Some(Times { arrival_ms, duration_ms, gpus: pod.gpus() })
+                })
+                .collect(),
+        }
+    }
+
+    /// Moves arrivals closer together or apart, around the first, by `factor`.
+    pub fn stretch(&mut self, factor: f64) {
+        let first = self.times().iter().map(|time| time.arrival_ms).min().unwrap_or(0);
+        let moved = |at: u64| first + (at.saturating_sub(first) as f64 * factor).round() as u64;
+        match self {
+            Self::Jobs(jobs) => jobs.iter_mut().for_each(|job| job.arrival_ms = moved(job.arrival_ms)),
+            Self::Pods(pods) => {
+                for pod in pods {
+                    if let Some((arrival_ms, _)) = &mut pod.lifetime_ms {
+                        *arrival_ms = moved(*arrival_ms);
+                        pod.gang.submitted_ms = *arrival_ms;
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -270,6 +270,16 @@ fn jobs(table: &mut Table<'_>) -> Result<Vec<TraceJob>, TraceError> {
     })
 }
 
+impl Pod {
+    /// GPUs that it asks for; a part of one for a share.
+    pub fn gpus(&self) -> f64 {
+        self.gang.task.gpus.as_ref().map_or(0.0, |gpus| match gpus.share {
+            Share::Milli(milli) => f64::from(milli) / 1000.0,
+            Share::Whole | Share::Profile(_) => f64::from(gpus.count),
+        })
+    }
+}
+
 impl TraceJob {
     /// The gang on nodes of `per_node` GPUs: on one node if it fits there, else in equal tasks, as
     /// large as divide it and fit a node.
