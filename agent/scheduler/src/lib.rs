@@ -4,6 +4,7 @@
 //! - [`model`]: amounts, GPUs, nodes, gangs, and the state of a cluster.
 //! - [`policy`]: pools and tenants, and what is chosen for each.
 //! - [`placement`]: where one gang goes: filters, then a score.
+//! - [`queue`]: the order of gangs: policies, shares, estimates.
 //! - [`planner`]: which gang goes next, what is held back for it, what is stopped for it.
 //! - [`plan`]: what comes out, reasons included.
 //! - [`simulate`]: the planner in virtual time, over traces of real clusters.
@@ -20,6 +21,7 @@ pub mod placement;
 pub mod plan;
 pub mod planner;
 pub mod policy;
+pub mod queue;
 pub mod simulate;
 
 pub use model::{Amount, Cluster, Gang, Node};

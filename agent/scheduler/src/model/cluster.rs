@@ -226,7 +226,7 @@ impl Free {
         u32::try_from(self.gpus.iter().filter(|gpu| gpu.is_whole()).count()).unwrap_or(u32::MAX)
     }
 
-    fn take(&mut self, node: &str, gang: &Gang, place: &TaskPlace) -> Result<(), TakeError> {
+    pub(crate) fn take(&mut self, node: &str, gang: &Gang, place: &TaskPlace) -> Result<(), TakeError> {
         let amount = gang.task.amount;
         if !self.amount.fits(&amount) {
             return Err(TakeError::Amount { node: node.to_owned() });
@@ -251,20 +251,57 @@ impl Free {
         }
         self.amount = self.amount.less(&amount);
         self.take_numa(place.numa, amount);
-        let tenant = gang.tenant.as_str();
+        self.count(&gang.tenant);
+        Ok(())
+    }
+
+    /// Less what a task will have, as far as that is there: for times other than now.
+    pub(crate) fn withhold(&mut self, gang: &Gang, place: &TaskPlace) {
+        for &GpuPlace { index, part } in &place.gpus {
+            if let Some(free) = self.gpus.get_mut(usize::from(index)) {
+                free.milli = free.milli.saturating_sub(part.milli);
+                free.slots &= !part.slots;
+                free.compute = free.compute.saturating_sub(part.compute);
+            }
+        }
+        self.amount = self.amount.less(&gang.task.amount);
+        self.take_numa(place.numa, gang.task.amount);
+        self.count(&gang.tenant);
+    }
+
+    /// What is free both here and there.
+    pub(crate) fn limit(&mut self, other: &Self) {
+        self.amount = self.amount.least(&other.amount);
+        for (one, other) in self.gpus.iter_mut().zip(&other.gpus) {
+            one.milli = one.milli.min(other.milli);
+            one.slots &= other.slots;
+            one.compute = one.compute.min(other.compute);
+        }
+        for (one, other) in self.numa.iter_mut().zip(&other.numa) {
+            *one = one.least(other);
+        }
+        for (tenant, tasks) in &other.tenants {
+            match self.tenants.binary_search_by(|(name, _)| name.cmp(tenant)) {
+                Ok(at) => self.tenants[at].1 = self.tenants[at].1.max(*tasks),
+                Err(at) => self.tenants.insert(at, (Arc::clone(tenant), *tasks)),
+            }
+        }
+    }
+
+    fn count(&mut self, tenant: &str) {
         match self.tenants.binary_search_by(|(name, _)| (**name).cmp(tenant)) {
             Ok(at) => self.tenants[at].1 += 1,
             Err(at) => self.tenants.insert(at, (tenant.into(), 1)),
         }
-        Ok(())
     }
 
-    fn give(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) {
+    pub(crate) fn give(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) {
         for &GpuPlace { index, part } in &place.gpus {
             if let Some(free) = self.gpus.get_mut(usize::from(index)) {
-                free.milli += part.milli;
+                // No more than all: GPUs may have been marked as free meanwhile.
+                free.milli = free.milli.saturating_add(part.milli).min(GpuFree::ALL.milli);
                 free.slots |= part.slots;
-                free.compute += part.compute;
+                free.compute = free.compute.saturating_add(part.compute).min(GpuFree::ALL.compute);
             }
         }
         self.amount = self.amount.plus(&gang.task.amount);

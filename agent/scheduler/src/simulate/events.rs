@@ -261,7 +261,9 @@ impl Simulation {
         state.stage = Stage::Done;
         state.ended_ms = Some(self.now_ms);
         self.open -= 1;
-        self.planner.ended(&state.job.gang, state.job.duration_ms);
+        // What was said of it was about all of it, not about what was left when it last waited.
+        let gang = Gang { estimate_ms: state.estimate_ms, ..(*state.job.gang).clone() };
+        self.planner.ended(&gang, state.job.duration_ms);
     }
 
     /// Gives back what a job has, whatever it did with it.

@@ -1,0 +1,4 @@
+//! The planner over time: policies, backfill, shares, preemption, and what waiting gangs are told.
+
+mod policies;
+mod world;
