@@ -32,7 +32,8 @@ pub struct Start {
     pub why: String,
 }
 
-/// A running gang to stop.
+/// A running gang to stop: the caller marks it as stopping, or it may be another one in the next
+/// cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Preemption {
     /// Which.
@@ -43,7 +44,8 @@ pub struct Preemption {
     pub why: String,
 }
 
-/// A running gang to give another size.
+/// A running gang to give another size. What comes is taken on the cluster already, as with starts;
+/// what goes is there until the caller takes it away, and is said in each cycle until then.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resize {
     /// Which.

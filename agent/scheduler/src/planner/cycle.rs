@@ -1,6 +1,6 @@
 //! One cycle: who is tried, in which order, and what comes of it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::MOST_FIRM;
@@ -28,6 +28,9 @@ const MOST_RESERVATIONS: usize = 32;
 /// is free changes all the time, and is what nobody waits for.
 const SAME_WORDS_MS: u64 = 60_000;
 
+/// Gangs that a reason names: those that make room may be many.
+const NAMED: usize = 3;
+
 /// What came of a gang.
 #[derive(Clone, Debug)]
 pub(super) enum Outcome {
@@ -40,6 +43,8 @@ pub(super) enum Outcome {
     Shortage(Arc<Shortage>),
     /// The gang that the room is held for.
     Behind(Arc<str>),
+    /// Gangs that were told to make room for it.
+    MakingRoom(Arc<[String]>),
 }
 
 /// A shape that found no room.
@@ -75,6 +80,13 @@ pub(super) struct Cycle<'a> {
     pub searches: usize,
     /// Limits that leave no room for a starved gang: what comes free of them is its.
     pub held_limits: Vec<(LimitKey, usize)>,
+    /// Whether any gang that runs is elastic.
+    pub elastic: bool,
+    /// Gangs that were told something in this cycle.
+    pub asked: BTreeSet<String>,
+    /// Gangs that room was sought for, and shapes for which there is none to be made.
+    pub sought: usize,
+    pub sought_in_vain: Vec<(u32, Hardness, i32, u32)>,
     pub plan: Plan,
 }
 
@@ -89,6 +101,13 @@ struct Turn {
 
 impl Cycle<'_> {
     pub fn run(&mut self) {
+        self.keep_claims();
+        self.serve_queues();
+        self.drain();
+        self.grow();
+    }
+
+    fn serve_queues(&mut self) {
         let mut entries: Vec<Vec<Entry>> = vec![Vec::new(); self.settings.pools.len()];
         let mut urgent: Vec<(u64, usize)> = Vec::new();
         for (index, item) in self.items.iter().enumerate() {
@@ -96,6 +115,9 @@ impl Cycle<'_> {
                 self.outcomes[index] = Outcome::NoPool;
                 continue;
             };
+            if matches!(self.outcomes[index], Outcome::Started | Outcome::MakingRoom(_)) {
+                continue;
+            }
             let gang = &item.gang;
             let waited_ms = self.now.saturating_sub(gang.submitted_ms);
             let starvation_ms = self.settings.pools[pool].starvation_ms;
@@ -155,19 +177,21 @@ impl Cycle<'_> {
         for (rank, &index) in starved.iter().enumerate() {
             let why = || format!("number {} of those that waited too long", rank + 1);
             self.outcomes[index] = self.attempt(index, &why);
-            match &self.outcomes[index] {
-                Outcome::Shortage(_) | Outcome::Behind(_) => {
-                    let item = Arc::clone(&self.items[index]);
-                    let Some(pool) = item.pool.filter(|_| firm < MOST_FIRM) else { continue };
-                    if self.reserve(index, true) {
-                        firm += 1;
-                        turns[pool].head.get_or_insert_with(|| item.gang.id.as_str().into());
-                    }
+            if matches!(self.outcomes[index], Outcome::Limit(_)) {
+                self.hold_limit(index);
+            } else if self.waits_for_room(index) && !self.make_room(index) {
+                let item = Arc::clone(&self.items[index]);
+                let Some(pool) = item.pool.filter(|_| firm < MOST_FIRM) else { continue };
+                if self.reserve(index, true) {
+                    firm += 1;
+                    turns[pool].head.get_or_insert_with(|| item.gang.id.as_str().into());
                 }
-                Outcome::Limit(_) => self.hold_limit(index),
-                _ => {}
             }
         }
+    }
+
+    pub(super) fn waits_for_room(&self, index: usize) -> bool {
+        matches!(self.outcomes[index], Outcome::Shortage(_) | Outcome::Behind(_))
     }
 
     /// Pools take turns, the one that used least of its guarantee, then of its weighted share, first.
@@ -234,33 +258,32 @@ impl Cycle<'_> {
             }
         };
         self.outcomes[index] = self.attempt(index, &why);
-        match &self.outcomes[index] {
-            Outcome::Started => {
-                let item = &self.items[index];
-                let tasks = self.plan.starts.last().map_or(0, |start| start.tasks.len());
-                let share = item.share(u32::try_from(tasks).unwrap_or(u32::MAX));
-                turn.queue.started(&Fractions::of(&share, self.accounts.capacity(turn.pool)));
-                return true;
-            }
-            Outcome::Shortage(_) | Outcome::Behind(_) => {
-                let most = match pool.backfill {
-                    Backfill::None | Backfill::Easy => 1,
-                    Backfill::Conservative => MOST_RESERVATIONS,
-                };
-                let has = self.rooms.reservation(&self.items[index].gang.id).is_some();
-                let gets = !has && turn.reservations < most && self.reserve(index, false);
-                turn.reservations += usize::from(gets);
-                if has || gets {
-                    turn.head.get_or_insert_with(|| self.items[index].gang.id.as_str().into());
-                }
-            }
-            _ => {}
+        if matches!(self.outcomes[index], Outcome::Started) {
+            let item = &self.items[index];
+            let tasks = self.plan.starts.last().map_or(0, |start| start.tasks.len());
+            let share = item.share(u32::try_from(tasks).unwrap_or(u32::MAX));
+            turn.queue.started(&Fractions::of(&share, self.accounts.capacity(turn.pool)));
+            return true;
+        }
+        if !self.waits_for_room(index) {
+            return false;
+        }
+        let most = match pool.backfill {
+            Backfill::None | Backfill::Easy => 1,
+            Backfill::Conservative => MOST_RESERVATIONS,
+        };
+        let made = self.make_room(index);
+        let has = made || self.rooms.reservation(&self.items[index].gang.id).is_some();
+        let gets = !has && turn.reservations < most && self.reserve(index, false);
+        turn.reservations += usize::from(gets);
+        if has || gets {
+            turn.head.get_or_insert_with(|| self.items[index].gang.id.as_str().into());
         }
         false
     }
 
     /// Tries to start a gang now.
-    fn attempt(&mut self, index: usize, why: &dyn Fn() -> String) -> Outcome {
+    pub(super) fn attempt(&mut self, index: usize, why: &dyn Fn() -> String) -> Outcome {
         let item = Arc::clone(&self.items[index]);
         let gang = &item.gang;
         let Some(pool) = item.pool else { return Outcome::NoPool };
@@ -304,30 +327,50 @@ impl Cycle<'_> {
     fn place(&mut self, pool: usize, item: &Item, until: u64) -> Result<Vec<TaskPlace>, Shortage> {
         let (gang, pools, now) = (&*item.gang, self.pools, self.now);
         let admits = |node: &Node| admits(pools, pool, node, now, until);
-        let mut most = gang.tasks.max.max(gang.tasks.min);
-        while most > gang.tasks.min && self.limit(item, most).is_some() {
-            most = gang.tasks.min + (most - gang.tasks.min) / 2;
+        let most = self.allowed(item, gang.tasks.min, gang.tasks.max);
+        self.place_between(pool, item, gang.tasks.min, most, &admits)
+    }
+
+    /// As many more tasks as limits allow, between two bounds of which the lower one is allowed.
+    pub(super) fn allowed(&self, item: &Item, least: u32, most: u32) -> u32 {
+        if most <= least || self.limit(item, most).is_none() {
+            return most.max(least);
         }
-        let placer = &mut self.placers[pool];
-        let mut found = placer.place(self.cluster, gang, most, &admits);
-        if found.is_ok() || most == gang.tasks.min {
+        let (mut may, mut not) = (least, most);
+        while not - may > 1 {
+            let middle = may + (not - may) / 2;
+            if self.limit(item, middle).is_none() { may = middle } else { not = middle }
+        }
+        may
+    }
+
+    /// As many tasks as fit, between two bounds.
+    pub(super) fn place_between(
+        &mut self,
+        pool: usize,
+        item: &Item,
+        least: u32,
+        most: u32,
+        admits: &dyn Fn(&Node) -> bool,
+    ) -> Result<Vec<TaskPlace>, Shortage> {
+        let (gang, placer) = (&*item.gang, &mut self.placers[pool]);
+        let mut found = placer.place(self.cluster, gang, most, admits);
+        if found.is_ok() || most <= least {
             return found;
         }
         // The most that fits is between the two: half the distance each time.
-        let (mut fits, mut fails) = (gang.tasks.min, most);
-        found = placer.place(self.cluster, gang, fits, &admits);
+        let (mut fits, mut fails) = (least, most);
+        found = placer.place(self.cluster, gang, fits, admits);
         while let Ok(places) = &found
             && fails - fits > 1
         {
             let middle = fits + (fails - fits) / 2;
-            for place in places {
-                self.cluster.give(gang, place);
-            }
-            match placer.place(self.cluster, gang, middle, &admits) {
+            places.iter().for_each(|place| self.cluster.give(gang, place));
+            match placer.place(self.cluster, gang, middle, admits) {
                 Ok(more) => (found, fits) = (Ok(more), middle),
                 Err(_) => {
                     fails = middle;
-                    found = placer.place(self.cluster, gang, fits, &admits);
+                    found = placer.place(self.cluster, gang, fits, admits);
                 }
             }
         }
@@ -405,7 +448,7 @@ impl Cycle<'_> {
         self.plan.starts.push(Start { gang: Arc::clone(gang), tasks, why });
     }
 
-    fn limit(&self, item: &Item, tasks: u32) -> Option<(LimitKey, LimitReached)> {
+    pub(super) fn limit(&self, item: &Item, tasks: u32) -> Option<(LimitKey, LimitReached)> {
         let line = &self.pools.lines[item.pool?];
         self.accounts.limit(self.settings, self.tenants, line, item, &item.share(tasks))
     }
@@ -482,7 +525,7 @@ impl Cycle<'_> {
     }
 
     /// Reserves room for a gang that found none now; false if it never finds any.
-    fn reserve(&mut self, index: usize, firm: bool) -> bool {
+    pub(super) fn reserve(&mut self, index: usize, firm: bool) -> bool {
         let item = Arc::clone(&self.items[index]);
         let (Some(pool), gang) = (item.pool, &item.gang) else { return false };
         let (pools, now) = (self.pools, self.now);
@@ -544,6 +587,9 @@ impl Cycle<'_> {
                 Outcome::RunsStill => Reason::RunsStill,
                 Outcome::Limit(reached) => Reason::Limit(reached),
                 Outcome::Shortage(shortage) => Reason::Shortage(shortage),
+                Outcome::MakingRoom(makers) => {
+                    Reason::MakingRoom { gangs: makers.iter().take(NAMED).cloned().collect() }
+                }
                 Outcome::Behind(holder) => Reason::Behind { gang: holder.to_string() },
                 Outcome::Unseen => match self.shortages.get(&(item.family, item.size())) {
                     Some((shortage, _)) => Reason::Shortage(Arc::clone(shortage)),
@@ -568,7 +614,7 @@ impl Cycle<'_> {
 }
 
 /// Whether a gang that runs until then may be on a node: the node is its pool's, and stays there.
-fn admits(pools: &Pools, pool: usize, node: &Node, from_ms: u64, until_ms: u64) -> bool {
+pub(super) fn admits(pools: &Pools, pool: usize, node: &Node, from_ms: u64, until_ms: u64) -> bool {
     pools.admits(pool, node)
         && node.maintenance.iter().all(|window| window.until_ms <= from_ms || window.from_ms >= until_ms)
 }

@@ -3,6 +3,8 @@
 //! - [`accounts`]: what pools and tenants use, may use, and have a right to.
 //! - [`cycle`]: one cycle: who is tried, in which order, and what comes of it.
 //! - [`known`]: gangs as indices, so that a cycle over many is fast.
+//! - [`make_room`]: what is stopped or made smaller for a gang that waits.
+//! - [`reshape`]: drained nodes are emptied, elastic gangs grow.
 //! - [`room`]: room over time, with what is reserved of it.
 //! - [`search`]: the earliest time at which a gang fits.
 //!
@@ -15,15 +17,15 @@
 //! nothing new came there; then it runs at most D, and the next is the first. (Gangs that are told to
 //! make room have their grace on top.) [`MOST_FIRM`] starved gangs have their places at a time.
 
-#[expect(dead_code, reason = "reclaiming borrowed quota comes next")]
 mod accounts;
 mod cycle;
 mod known;
-#[expect(dead_code, reason = "preemption comes next")]
+mod make_room;
+mod reshape;
 mod room;
 mod search;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use accounts::{Accounts, Pools};
@@ -120,6 +122,7 @@ impl Planner {
             items.push(self.known.item(gang, &self.pools.by_name, &mut self.estimator, cluster));
         }
         self.known.end(items.len() + runs.len());
+        let elastic = runs.iter().any(|run| run.item.gang.tasks.min < run.item.gang.tasks.max);
         let mut cycle = Cycle {
             now: now_ms,
             settings: &self.settings,
@@ -140,6 +143,10 @@ impl Planner {
             failures: 0,
             searches: 0,
             held_limits: Vec::new(),
+            elastic,
+            asked: BTreeSet::new(),
+            sought: 0,
+            sought_in_vain: Vec::new(),
             plan: Plan::default(),
         };
         cycle.run();

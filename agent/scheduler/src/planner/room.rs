@@ -36,18 +36,6 @@ impl Overlay {
         cluster.give(gang, place);
     }
 
-    /// As if the task were there, as far as there is room.
-    pub fn withhold(&mut self, cluster: &mut Cluster, gang: &Gang, place: &TaskPlace) {
-        let mut free = cluster.free()[place.node as usize].clone();
-        free.withhold(&cluster.nodes()[place.node as usize], gang, place);
-        self.set(cluster, place.node, free);
-    }
-
-    /// Whether it changed this node.
-    pub fn has(&self, node: u32) -> bool {
-        self.saved.contains_key(&node)
-    }
-
     fn save(&mut self, cluster: &Cluster, node: u32) {
         self.saved.entry(node).or_insert_with(|| cluster.free()[node as usize].clone());
     }
@@ -59,6 +47,13 @@ impl Overlay {
                 let taken = free.take(&cluster.nodes()[place.node as usize], gang, place);
                 debug_assert_eq!(taken, Ok(()), "a view shows no more than there is");
             }
+        }
+    }
+
+    /// Gives back what a trial took where [`Overlay::restore`] does not put it back anyway.
+    pub fn undo(&mut self, cluster: &mut Cluster, gang: &Gang, tasks: &[TaskPlace]) {
+        for place in tasks.iter().filter(|place| !self.saved.contains_key(&place.node)) {
+            cluster.give(gang, place);
         }
     }
 
@@ -169,6 +164,13 @@ impl Rooms {
 
     pub fn reservation(&self, gang: &str) -> Option<&Reservation> {
         self.reservations.iter().find(|reservation| reservation.gang.id == gang)
+    }
+
+    /// Says who makes the room of a reservation.
+    pub fn made_by(&mut self, gang: &str, makers: Vec<String>) {
+        if let Some(reservation) = self.reservations.iter_mut().find(|one| one.gang.id == gang) {
+            reservation.makers = makers;
+        }
     }
 
     pub fn reserve(&mut self, cluster: &mut Cluster, reservation: Reservation) {

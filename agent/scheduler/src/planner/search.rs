@@ -24,21 +24,17 @@ pub(super) struct Found {
     pub known: bool,
 }
 
-/// Domains that a whole gang must be in, and how many tasks each holds.
-struct Counts {
+/// Domains that a whole gang must be in: all nodes, racks, leaves, or single nodes.
+pub(super) struct Domains {
+    /// By node.
     domain: Vec<u32>,
-    on_node: Vec<u32>,
-    in_domain: Vec<u64>,
-    enough: u64,
-    domains_enough: usize,
 }
 
-impl Counts {
-    /// Nothing fits anywhere.
-    fn of(cluster: &Cluster, gang: &Gang, tasks: u32) -> Self {
+impl Domains {
+    pub fn of(cluster: &Cluster, gang: &Gang) -> Self {
         let nodes = cluster.nodes();
         let mut named: HashMap<Option<&str>, u32> = HashMap::new();
-        let domains: Vec<u32> = match gang.scope {
+        let domain = match gang.scope {
             Scope::Any => vec![0; nodes.len()],
             Scope::Switch | Scope::Node => (0..nodes.len() as u32).collect(),
             Scope::Leaf | Scope::Rack => nodes
@@ -50,11 +46,32 @@ impl Counts {
                 })
                 .collect(),
         };
-        let count = domains.iter().max().map_or(0, |max| *max as usize + 1);
+        Self { domain }
+    }
+
+    pub fn of_node(&self, node: u32) -> u32 {
+        self.domain[node as usize]
+    }
+}
+
+/// How many tasks of a gang each domain holds.
+struct Counts {
+    domain: Vec<u32>,
+    on_node: Vec<u32>,
+    in_domain: Vec<u64>,
+    enough: u64,
+    domains_enough: usize,
+}
+
+impl Counts {
+    /// Nothing fits anywhere.
+    fn of(cluster: &Cluster, gang: &Gang, tasks: u32) -> Self {
+        let domain = Domains::of(cluster, gang).domain;
+        let count = domain.iter().max().map_or(0, |max| *max as usize + 1);
         Self {
-            domain: domains,
-            on_node: vec![0; nodes.len()],
+            on_node: vec![0; domain.len()],
             in_domain: vec![0; count],
+            domain,
             enough: tasks.into(),
             domains_enough: 0,
         }
@@ -155,7 +172,7 @@ fn search(
     loop {
         if counts.domains_enough > 0 && skip == 0 {
             if let Ok(tasks) = placer.place(cluster, gang, gang.tasks.min, admits) {
-                undo(cluster, overlay, gang, &tasks);
+                overlay.undo(cluster, gang, &tasks);
                 let run = last.map(|last| &rooms.runs[last as usize]);
                 return Some(Found {
                     from_ms: at,
@@ -198,14 +215,6 @@ fn search(
             counts.update(cluster, node, gang);
         }
     }
-}
-
-/// Gives back what a trial took, and puts back what it was tried on.
-fn undo(cluster: &mut Cluster, overlay: &mut Overlay, gang: &Gang, tasks: &[TaskPlace]) {
-    for place in tasks.iter().filter(|place| !overlay.has(place.node)) {
-        cluster.give(gang, place);
-    }
-    overlay.restore(cluster);
 }
 
 /// When reserved places will be free, if that is known now; none if never, or if they cannot be used
