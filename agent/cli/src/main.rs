@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use commands::{cluster, dataset, doctor, gpu, image, job, node, simulate, token, vm, vm_control, vm_device};
+use commands::{audit, cluster, dataset, doctor, gpu, image, job, node, pool, simulate, token, vm, vm_control, vm_device};
 use context::Connection;
 use exit::Exit;
 use lathe_api::client::ClientError;
@@ -45,6 +45,14 @@ enum Command {
     /// The hosts of the cluster.
     #[command(subcommand)]
     Node(node::Command),
+    /// Parts of the cluster, and the policies that hold there.
+    #[command(subcommand)]
+    Pool(pool::PoolCommand),
+    /// Who work belongs to, and how much they may have.
+    #[command(subcommand)]
+    Tenant(pool::TenantCommand),
+    /// What operators did (admin).
+    Audit(audit::AuditArgs),
     /// GPUs, and what stands in the way of giving them to guests.
     #[command(subcommand)]
     Gpu(gpu::Command),
@@ -110,6 +118,9 @@ async fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Vm(VmCommand::Device(command)) => vm_device::run(&command, format),
         Command::Cluster(command) => cluster::run(command),
         Command::Node(command) => node::run(command, &cli.connection.client()?, format).await,
+        Command::Pool(command) => pool::pool(command, &cli.connection.client()?, format).await,
+        Command::Tenant(command) => pool::tenant(command, &cli.connection.client()?, format).await,
+        Command::Audit(args) => audit::run(&args, &cli.connection.client()?, format).await,
         Command::Gpu(command) => gpu::run(command, &cli.connection, format).await,
         Command::Token(command) => token::run(command, &cli.connection.client()?, format).await,
         Command::Image(command) => image::run(command, &cli.connection.client()?, format).await,

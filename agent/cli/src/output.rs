@@ -59,7 +59,21 @@ pub fn until(then_ms: u64) -> String {
     }
 }
 
-fn now_ms() -> u64 {
+/// When `then_ms` (since the Unix epoch) is, from now: `in 4 min 10 s`.
+pub fn ahead(then_ms: u64) -> String {
+    ahead_of(then_ms, now_ms())
+}
+
+/// When `then_ms` is, seen from `now_ms`.
+pub fn ahead_of(then_ms: u64, now_ms: u64) -> String {
+    match then_ms.saturating_sub(now_ms) {
+        0 => "any moment".to_owned(),
+        left => format!("in {}", duration(left)),
+    }
+}
+
+/// Milliseconds since the Unix epoch.
+pub fn now_ms() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |elapsed| u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))

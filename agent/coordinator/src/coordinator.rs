@@ -11,18 +11,19 @@ use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::blobs::{BlobError, Blobs};
+use crate::dry_run::DryRuns;
+use crate::explain::Explanations;
 use crate::init::STORE_FILE;
 use crate::logs::{LogError, Logs};
-use crate::explain::Explanations;
 use crate::metrics::Metrics;
 use crate::network::Cidr;
 use crate::pki::{Authority, PkiError};
 use crate::records::{self, CLUSTER, ClusterRecord};
 use crate::sequence::Sequence;
-use crate::suspicion::Refusals;
 use crate::state::View;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
+use crate::suspicion::Refusals;
 
 /// File of the address the running coordinator listens on, for tools on the same machine.
 pub const ADDRESS_FILE: &str = "address";
@@ -86,6 +87,8 @@ pub struct Coordinator {
     pub explanations: Explanations,
     /// Held by the one join at a time.
     pub joining: tokio::sync::Mutex<()>,
+    /// What would become of jobs.
+    pub dry_runs: DryRuns,
     /// Wakes the reconciler.
     pub changed: Notify,
     /// Ends everything.
@@ -137,6 +140,7 @@ impl Coordinator {
             view,
             sequence: Sequence::default(),
             explanations: Explanations::default(),
+            dry_runs: DryRuns::default(),
             _follower: followed.drop_guard(),
             blobs: Blobs::open(&dir.join("blobs"), options.blob_limit_bytes)?,
             logs: Logs::open(&dir.join("logs"), options.log_limit_bytes)?,

@@ -4,12 +4,12 @@
 //! - [`api`]: the HTTP API, over [`server`]'s mutual TLS ([`pki`]) and [`tokens`].
 //! - [`store`]: durable keys with compare-and-swap; [`records`]: what is in it; [`state`]: the same,
 //!   decoded and in memory. [`sequence`]: numbers of jobs.
-//! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report. [`suspicion`]:
-//!   nodes that refuse.
-//! - [`policy`]: pools, tenants and jobs as the scheduler knows them; [`quotas`]: whether they fit.
-//! - [`operate`]: what operators do; [`audit`]: what they did. [`remedy`]: what would help.
+//! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report. [`suspicion`]: nodes
+//!   that refuse.
+//! - [`policy`]: pools and tenants that were set; [`quotas`]: whether they fit together.
+//! - [`operate`]: what operators do; [`audit`]: what they did.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
-//!   jobs wait.
+//!   jobs wait; [`remedy`]: what would help; [`dry_run`]: what would become of a job.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
 //! - [`blobs`] and [`logs`]: content and output, in files beside the store.
 //! - [`init`]: makes a cluster.
@@ -26,6 +26,7 @@ pub mod check;
 pub mod clock;
 pub mod coordinator;
 pub mod desired;
+pub mod dry_run;
 pub mod explain;
 pub mod init;
 pub mod logs;

@@ -83,10 +83,8 @@ pub async fn join(coordinator: &Coordinator, name: &str, certificate: Digest) ->
             }
         };
         let key = format!("{NODES}{name}");
-        let mut expect = vec![
-            (key.clone(), known.as_ref().map(|known| known.revision)),
-            (format!("{ALIVE}{name}"), None),
-        ];
+        let mut expect =
+            vec![(key.clone(), known.as_ref().map(|known| known.revision)), (format!("{ALIVE}{name}"), None)];
         let mut writes = vec![put(&key, &record)?];
         if known.is_none() {
             // Read before the nodes: of two that join at once and chose the same subnet, the second
@@ -126,9 +124,9 @@ async fn heartbeat(coordinator: &Coordinator, node: &str, report: &NodeReport) -
         if attempt > 0 {
             coordinator.view.catch_up(store).await?;
         }
-        let (known, alive) = coordinator.view.read(|contents| {
-            (contents.nodes.get(node).cloned(), contents.alive.contains_key(node))
-        });
+        let (known, alive) = coordinator
+            .view
+            .read(|contents| (contents.nodes.get(node).cloned(), contents.alive.contains_key(node)));
         let Some(known) = known else {
             return Err(StoreError::Corrupt { key, reason: "the node is not registered".to_owned() });
         };
@@ -234,7 +232,8 @@ impl Changes {
     fn set_task(&mut self, sandbox: &str, task: Task) {
         let Some(assignment) = self.assignments.get(sandbox) else { return };
         if let Some(record) = self.jobs.get_mut(&assignment.value.job)
-            && let Some(of_rank) = Arc::make_mut(record).value.job.tasks.get_mut(assignment.value.rank as usize)
+            && let Some(of_rank) =
+                Arc::make_mut(record).value.job.tasks.get_mut(assignment.value.rank as usize)
         {
             *of_rank = task;
             self.touch(sandbox);
@@ -405,7 +404,8 @@ fn fold_status(changes: &mut Changes, status: &SandboxStatus) -> Result<Option<S
             start = match next.state {
                 TaskState::Running | TaskState::Exited if !ran => Some(StartOutcome { job, refused: None }),
                 TaskState::Failed | TaskState::Lost if !ran && !stopping => {
-                    let refused = Some(next.reason.clone().unwrap_or_else(|| "it did not say why".to_owned()));
+                    let refused =
+                        Some(next.reason.clone().unwrap_or_else(|| "it did not say why".to_owned()));
                     Some(StartOutcome { job, refused })
                 }
                 _ => None,

@@ -54,7 +54,9 @@ async fn change(
         let Change { writes, action, detail } = prepare(&listing)?;
         let mut transaction = Transaction { expect: Vec::new(), writes };
         audit::append(&mut transaction, &listing, &who.id, action, subject, detail.clone())?;
-        if let Outcome::Committed(_) = coordinator.store.commit(transaction).await? {
+        if let Outcome::Committed(revision) = coordinator.store.commit(transaction).await? {
+            // Who is told that it is done finds it done: submissions look at the view.
+            coordinator.view.reached(revision).await;
             tracing::info!(who = who.id, subject, detail, "{action}");
             return Ok(());
         }

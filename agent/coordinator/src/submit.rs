@@ -2,19 +2,15 @@
 
 use lathe_api::artefact::{Dataset, Digest, Image};
 use lathe_api::job::{DatasetMount, Job, JobSpec, JobState};
-use lathe_api::pool::{DEFAULT_POOL, Pool};
+use lathe_api::pool::DEFAULT_POOL;
 use lathe_api::scheduling::{DecidedBy, DecisionKind};
-use lathe_scheduler::model::Gang;
 
 use crate::api::error::ApiError;
 use crate::check;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
-use crate::policy;
 use crate::reconcile::fresh_tasks;
-use crate::records::{
-    ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JobRecord, Owned, POOLS, Versioned, load, put,
-};
+use crate::records::{ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JobRecord, Owned, Versioned, load, put};
 use crate::store::{Outcome, StoreError, Transaction};
 use crate::tokens;
 
@@ -53,73 +49,67 @@ pub async fn find_job(
 /// # Errors
 /// See there.
 pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> Result<Job, ApiError> {
-    check::job(&spec)?;
-    check_pool(coordinator, tenant, &spec.pool).await?;
-    let image = resolve_image(coordinator, &spec.image).await?;
-    let mut datasets = Vec::new();
-    for (index, mount) in spec.datasets.iter().enumerate() {
-        datasets.push(resolve_dataset(coordinator, index, mount).await?);
-    }
+    let mut record = prepare(coordinator, tenant, spec).await?;
     let store = &*coordinator.store;
     for _ in 0..ATTEMPTS {
-        let id = format!("{}-{}", spec.name, tokens::random_hex(3)?);
-        let next = coordinator.sequence.next(store).await?;
-        let job = Job {
-            id: id.clone(),
-            tenant: tenant.to_owned(),
-            image_digest: image.digest,
-            state: JobState::Pending,
-            reason: None,
-            expected_start_ms: None,
-            after: None,
-            why: None,
-            size: None,
-            preemptions: 0,
-            attempt: 0,
-            tasks: fresh_tasks(spec.tasks),
-            submitted_ms: now_ms(),
-            finished_ms: None,
-            spec: spec.clone(),
-        };
-        let record = JobRecord {
-            job: job.clone(),
-            sequence: next,
-            image: image.clone(),
-            datasets: datasets.clone(),
-            failures: 0,
-            losses: 0,
-            restart_reason: None,
-            cancelled: false,
-            stopping: None,
-            placed_ms: None,
-            decisions: Vec::new(),
-        };
+        let id = format!("{}-{}", record.job.spec.name, tokens::random_hex(3)?);
+        record.sequence = coordinator.sequence.next(store).await?;
+        record.job.id.clone_from(&id);
         let key = format!("{ACTIVE_JOBS}{id}");
         let transaction = Transaction {
             expect: vec![(key.clone(), None), (format!("{ENDED_JOBS}{id}"), None)],
             writes: vec![put(key, &record)?],
         };
         if let Outcome::Committed(_) = store.commit(transaction).await? {
-            tracing::info!(job = id, tenant, tasks = spec.tasks, "job submitted");
-            return Ok(job);
+            tracing::info!(job = id, tenant, tasks = record.job.spec.tasks, "job submitted");
+            return Ok(record.job);
         }
     }
     Err(StoreError::Contended(ACTIVE_JOBS.to_owned()).into())
 }
 
-/// Checks a job as [`submit`] does, and answers what it would ask for; nothing is changed.
+/// Checks a job and resolves its names. It has no ID and no number yet, and nothing is stored.
 ///
 /// # Errors
-/// See there.
-pub async fn gang(coordinator: &Coordinator, tenant: &str, spec: &JobSpec) -> Result<Gang, ApiError> {
-    check::job(spec)?;
-    check_pool(coordinator, tenant, &spec.pool).await?;
+/// Which field is wrong.
+pub async fn prepare(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> Result<JobRecord, ApiError> {
+    check::job(&spec)?;
+    check_pool(coordinator, tenant, &spec.pool)?;
     let image = resolve_image(coordinator, &spec.image).await?;
     let mut datasets = Vec::new();
     for (index, mount) in spec.datasets.iter().enumerate() {
         datasets.push(resolve_dataset(coordinator, index, mount).await?);
     }
-    Ok(Gang { inputs: policy::inputs(&image, &datasets), ..policy::gang_of(tenant, spec) })
+    let job = Job {
+        id: String::new(),
+        tenant: tenant.to_owned(),
+        image_digest: image.digest,
+        state: JobState::Pending,
+        reason: None,
+        expected_start_ms: None,
+        after: None,
+        why: None,
+        size: None,
+        preemptions: 0,
+        attempt: 0,
+        tasks: fresh_tasks(spec.tasks),
+        submitted_ms: now_ms(),
+        finished_ms: None,
+        spec,
+    };
+    Ok(JobRecord {
+        job,
+        sequence: 0,
+        image,
+        datasets,
+        failures: 0,
+        losses: 0,
+        restart_reason: None,
+        cancelled: false,
+        stopping: None,
+        placed_ms: None,
+        decisions: Vec::new(),
+    })
 }
 
 /// Asks for a job to be cancelled. One that has ended stays as it is.
@@ -154,19 +144,17 @@ pub async fn cancel(coordinator: &Coordinator, id: &str) -> Result<Option<Job>, 
 /// looks as if it did not exist.
 ///
 /// Somebody may remove the pool at the same moment: the job then waits, and that is its reason.
-async fn check_pool(coordinator: &Coordinator, tenant: &str, name: &str) -> Result<(), ApiError> {
-    let refused = || {
-        let shown: String = name.chars().take(80).collect();
-        let detail = format!("there is no pool {shown:?} for tenant {tenant}; see `lathe pool list`");
-        ApiError::field("pool", detail)
-    };
-    // Before the name is part of a key.
-    check::check_name(name).map_err(|_| refused())?;
-    match load::<Pool>(&*coordinator.store, &format!("{POOLS}{name}")).await? {
-        Some(pool) if pool.value.admits(tenant) => Ok(()),
-        None if name == DEFAULT_POOL => Ok(()),
-        _ => Err(refused()),
+fn check_pool(coordinator: &Coordinator, tenant: &str, name: &str) -> Result<(), ApiError> {
+    let admits = coordinator.view.read(|contents| match contents.pools.get(name) {
+        Some(pool) => pool.value.admits(tenant),
+        None => name == DEFAULT_POOL,
+    });
+    if admits {
+        return Ok(());
     }
+    let shown: String = name.chars().take(80).collect();
+    let detail = format!("there is no pool {shown:?} for tenant {tenant}; see `lathe pool list`");
+    Err(ApiError::field("pool", detail))
 }
 
 async fn resolve_image(coordinator: &Coordinator, reference: &str) -> Result<Image, ApiError> {

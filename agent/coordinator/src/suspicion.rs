@@ -55,7 +55,10 @@ impl Refusals {
             return false;
         }
         let count = self.recent.len();
-        let reason = format!("refused {count} task{} in a short time, the last one: {why}", if count == 1 { "" } else { "s" });
+        let reason = format!(
+            "refused {count} task{} in a short time, the last one: {why}",
+            if count == 1 { "" } else { "s" }
+        );
         let rest_ms = self.rest_ms.max(REST_MS);
         self.suspected = Some(Suspicion { until_ms: now_ms.saturating_add(rest_ms), reason });
         self.rest_ms = (rest_ms * 2).min(REST_MS_MAX);

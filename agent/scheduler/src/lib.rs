@@ -16,7 +16,6 @@
 #![forbid(unsafe_code)]
 
 pub mod model;
-pub mod old;
 pub mod placement;
 pub mod plan;
 pub mod planner;

@@ -1,6 +1,7 @@
 //! The client of the coordinator's API, for agents and the command line.
 //!
-//! - [`Client`]: one method an endpoint (the agent's in `agent`, blobs in `blob`, people's here).
+//! - [`Client`]: one method an endpoint (the agent's in `agent`, blobs in `blob`, operators' in `operate`,
+//!   people's here).
 //! - [`ClientError`]: what went wrong in one line that names the coordinator and the likely cause.
 //!
 //! It trusts the cluster's own certificate authority and nothing else: the system's roots, and
@@ -11,6 +12,7 @@ mod agent;
 mod blob;
 mod error;
 mod lines;
+mod operate;
 mod tls;
 
 use std::time::Duration;
@@ -25,6 +27,7 @@ pub use error::ClientError;
 use crate::artefact::{Dataset, Image};
 use crate::job::{Job, JobSpec};
 use crate::node::{LogLine, Node};
+use crate::scheduling::{Planned, Why};
 use crate::token::{TokenCreated, TokenInfo, TokenRequest};
 
 /// How long connecting and the TLS handshake may take.
@@ -169,6 +172,16 @@ impl Client {
     /// `GET /v1/jobs/{id}`.
     pub async fn job(&self, id: &str) -> Result<Job, ClientError> {
         self.get(&format!("/v1/jobs/{}", segments(id))).await
+    }
+
+    /// `GET /v1/jobs/{id}/why`.
+    pub async fn job_why(&self, id: &str) -> Result<Why, ClientError> {
+        self.get(&format!("/v1/jobs/{}/why", segments(id))).await
+    }
+
+    /// `POST /v1/jobs/plan`: what would become of the job.
+    pub async fn plan_job(&self, spec: &JobSpec) -> Result<Planned, ClientError> {
+        self.post("/v1/jobs/plan", spec).await
     }
 
     /// `GET /v1/jobs/{id}/watch`: the job now and after every change, until it has ended.

@@ -1,10 +1,9 @@
 //! `lathe job`: work that ends.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use futures_util::StreamExt;
 use indicatif::ProgressBar;
@@ -12,7 +11,7 @@ use lathe_api::client::{Client, ClientError, LogQuery};
 use lathe_api::job::{IsolationClass, Job, JobSpec, JobState, Task, TaskExit, TaskState};
 use lathe_api::node::{LogLine, LogStream};
 
-use super::upload;
+use super::{file, upload, why};
 use crate::context::Connection;
 use crate::exit::Exit;
 use crate::output::{self, Format};
@@ -33,6 +32,11 @@ pub enum Command {
     List,
     /// Everything about one job.
     Show {
+        /// The job's ID.
+        id: String,
+    },
+    /// Why a job waits and until when, or why it is where it is; and what was decided about it.
+    Why {
         /// The job's ID.
         id: String,
     },
@@ -62,6 +66,9 @@ pub struct RunArgs {
     /// Print the ID and return at once.
     #[arg(long)]
     detach: bool,
+    /// Submit nothing: say whether it would start now and where, or what it would wait for and until when.
+    #[arg(long, conflicts_with = "detach")]
+    plan: bool,
     /// Run it in this class instead of the file's.
     #[arg(long)]
     class: Option<Class>,
@@ -96,7 +103,11 @@ pub async fn run(command: Command, connection: &Connection, format: Format) -> a
         Command::Run(args) => {
             // The file first: a mistake in it should not need a cluster to be found.
             let spec = read_spec(&args)?;
-            submit(&connection.client()?, &spec, args.detach, format).await
+            let client = connection.client()?;
+            match args.plan {
+                true => why::plan(&client, &spec, format).await,
+                false => submit(&client, &spec, args.detach, format).await,
+            }
         }
         Command::List => {
             let mut jobs = connection.client()?.jobs().await?;
@@ -115,6 +126,7 @@ pub async fn run(command: Command, connection: &Connection, format: Format) -> a
             }
             Ok(Exit::Success)
         }
+        Command::Why { id } => why::show(&connection.client()?, &id, format).await,
         Command::Logs { id, follow, rank } => logs(&connection.client()?, &id, follow, rank, format).await,
         Command::Cancel { id } => {
             let job = connection.client()?.cancel_job(&id).await?;
@@ -128,7 +140,7 @@ pub async fn run(command: Command, connection: &Connection, format: Format) -> a
 }
 
 fn read_spec(args: &RunArgs) -> anyhow::Result<JobSpec> {
-    let mut spec = parse_spec(&args.file)?;
+    let mut spec: JobSpec = file::read(&args.file)?;
     if let Some(class) = args.class {
         spec.class = class.into();
     }
@@ -136,38 +148,6 @@ fn read_spec(args: &RunArgs) -> anyhow::Result<JobSpec> {
         spec.tasks = tasks;
     }
     Ok(spec)
-}
-
-fn parse_spec(path: &Path) -> anyhow::Result<JobSpec> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let parsed = if path.extension().is_some_and(|extension| extension == "json") {
-        let mut json = serde_json::Deserializer::from_str(&text);
-        let spec = serde_path_to_error::deserialize(&mut json).map_err(|error| error.to_string());
-        spec.and_then(|spec| json.end().map(|()| spec).map_err(|error| error.to_string()))
-    } else {
-        parse_toml(&text)
-    };
-    match parsed {
-        Ok(spec) => Ok(spec),
-        Err(reason) => bail!("{}: {reason}", path.display()),
-    }
-}
-
-/// A mistake is named by its line, and by its field where there is one.
-fn parse_toml(text: &str) -> Result<JobSpec, String> {
-    let say = |field: &str, error: &toml::de::Error| {
-        let start = error.span().map_or(0, |span| span.start.min(text.len()));
-        let line = text[..start].matches('\n').count() + 1;
-        format!("line {line}: {field}{}", error.message().replace('\n', " "))
-    };
-    let document = toml::Deserializer::parse(text).map_err(|error| say("", &error))?;
-    serde_path_to_error::deserialize(document).map_err(|error| {
-        let field = match error.path().to_string().as_str() {
-            "." => String::new(),
-            path => format!("{path}: "),
-        };
-        say(&field, error.inner())
-    })
 }
 
 async fn submit(client: &Client, spec: &JobSpec, detach: bool, format: Format) -> anyhow::Result<Exit> {
@@ -331,7 +311,7 @@ pub fn class_name(class: IsolationClass) -> &'static str {
     }
 }
 
-fn state_name(state: JobState) -> &'static str {
+pub(super) fn state_name(state: JobState) -> &'static str {
     match state {
         JobState::Pending => "pending",
         JobState::Running => "running",
@@ -357,26 +337,45 @@ fn task_state_name(state: TaskState) -> &'static str {
 }
 
 fn list(jobs: &[Job]) {
-    let mut table = output::table(&["ID", "STATE", "CLASS", "TASKS", "IMAGE", "AGE", "REASON"]);
+    let mut table =
+        output::table(&["ID", "STATE", "POOL", "CLASS", "TASKS", "IMAGE", "AGE", "START", "REASON"]);
     for job in jobs {
         table.add_row([
             job.id.clone(),
             state_name(job.state).to_owned(),
+            job.spec.pool.clone(),
             class_name(job.spec.class).to_owned(),
-            job.spec.tasks.to_string(),
+            tasks(job),
             job.spec.image.clone(),
             output::age(job.submitted_ms),
+            job.expected_start_ms.map(output::ahead).unwrap_or_default(),
             job.reason.clone().unwrap_or_default(),
         ]);
     }
     println!("{table}");
 }
 
+/// How many tasks it has; of an elastic gang how many of how many.
+fn tasks(job: &Job) -> String {
+    match (job.size, job.spec.tasks_min) {
+        (Some(size), _) => format!("{size}/{}", job.spec.tasks),
+        (None, Some(least)) => format!("{least}-{}", job.spec.tasks),
+        (None, None) => job.spec.tasks.to_string(),
+    }
+}
+
 fn show(job: &Job) {
     println!("id         {}", job.id);
     println!("state      {}{}", state_name(job.state), reason(job));
     println!("tenant     {}", job.tenant);
-    println!("class      {}, {} tasks, attempt {}", class_name(job.spec.class), job.spec.tasks, job.attempt);
+    println!("class      {}, {} tasks, attempt {}", class_name(job.spec.class), tasks(job), job.attempt);
+    println!("pool       {}, priority {}, {} preemptions", job.spec.pool, job.spec.priority, job.preemptions);
+    if let Some(why) = &job.why {
+        println!("placed     {why}");
+    }
+    if let Some(start) = job.expected_start_ms {
+        println!("start      expected {}", output::ahead(start));
+    }
     println!("image      {} {}", job.spec.image, job.image_digest);
     let resources = &job.spec.resources;
     let gpus = if resources.gpus == 0 { String::new() } else { format!(", {} GPUs", resources.gpus) };
@@ -432,7 +431,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
-        parse_spec(&path)
+        file::read(&path)
     }
 
     #[test]

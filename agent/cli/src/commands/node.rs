@@ -2,8 +2,9 @@
 
 use clap::Subcommand;
 use lathe_api::client::Client;
-use lathe_api::node::{Node, NodeState};
+use lathe_api::node::{Node, NodeOffer, NodeState};
 
+use super::operate;
 use crate::exit::Exit;
 use crate::output::{self, Format};
 
@@ -17,6 +18,8 @@ pub enum Command {
         /// The node's name.
         name: String,
     },
+    #[command(flatten)]
+    Operate(operate::Operation),
 }
 
 /// Runs a subcommand.
@@ -25,6 +28,7 @@ pub enum Command {
 /// What the coordinator said.
 pub async fn run(command: Command, client: &Client, format: Format) -> anyhow::Result<Exit> {
     match command {
+        Command::Operate(operation) => return operate::run(operation, client, format).await,
         Command::List => {
             let nodes = client.nodes().await?;
             match format {
@@ -43,10 +47,28 @@ pub async fn run(command: Command, client: &Client, format: Format) -> anyhow::R
     Ok(Exit::Success)
 }
 
-fn state(node: &Node) -> &'static str {
-    match node.state {
+/// Its state, and what keeps new work away.
+pub fn state(node: &Node) -> String {
+    let state = match node.state {
         NodeState::Ready => "ready",
         NodeState::Lost => "lost",
+    };
+    match &node.offer {
+        NodeOffer::Open => state.to_owned(),
+        NodeOffer::Cordoned(reason) => format!("{state}, cordoned: {reason}"),
+        NodeOffer::Draining(reason) => format!("{state}, draining: {reason}"),
+        NodeOffer::Suspected(reason) => format!("{state}, suspected: {reason}"),
+    }
+}
+
+/// The same in a word or two.
+fn short_state(node: &Node) -> &'static str {
+    match (node.state, &node.offer) {
+        (NodeState::Lost, _) => "lost",
+        (NodeState::Ready, NodeOffer::Open) => "ready",
+        (NodeState::Ready, NodeOffer::Cordoned(_)) => "cordoned",
+        (NodeState::Ready, NodeOffer::Draining(_)) => "draining",
+        (NodeState::Ready, NodeOffer::Suspected(_)) => "suspected",
     }
 }
 
@@ -67,7 +89,7 @@ fn list(nodes: &[Node]) {
         let memory = node.inventory.memory.map_or(0, |size| size.mib());
         table.add_row([
             node.name.clone(),
-            state(node).to_owned(),
+            short_state(node).to_owned(),
             node.address.clone(),
             format!("{}/{}", node.allocated_cpus, node.inventory.cpus.online),
             format!("{}/{memory} MiB", node.allocated_memory.mib()),
@@ -86,6 +108,17 @@ fn show(node: &Node) {
     println!("name       {}", node.name);
     println!("state      {}, seen {} ago", state(node), output::age(node.last_heartbeat_ms));
     println!("address    {}, sandboxes in {}", node.address, node.subnet);
+    for (label, value) in &node.labels {
+        println!("label      {label}={value}");
+    }
+    for taint in &node.taints {
+        println!("taint      {}={}", taint.key, taint.value);
+    }
+    for window in &node.maintenance {
+        let lasts = output::duration(window.until_ms.saturating_sub(window.from_ms));
+        println!("away       {} for {lasts}: {}", output::ahead(window.from_ms), window.reason);
+    }
+    println!("pools      {}", node.pools.join(", "));
     println!("kernel     {}", inventory.kernel);
     println!("agent      {}", inventory.agent_version);
     println!(

@@ -123,7 +123,8 @@ async fn watch_desired(
             let next = view.read(|contents| desired::node_network(contents, node));
             network_at = at;
             if next != network {
-                let addresses: usize = next.iter().flat_map(|of| &of.tenants).map(|of| of.addresses.len()).sum();
+                let addresses: usize =
+                    next.iter().flat_map(|of| &of.tenants).map(|of| of.addresses.len()).sum();
                 let addresses = u32::try_from(addresses).unwrap_or(u32::MAX);
                 network_due = Instant::now() + NETWORK_INTERVAL + NETWORK_INTERVAL_EACH * addresses;
                 now.network.clone_from(&next);
@@ -138,7 +139,8 @@ async fn watch_desired(
             lines.send(&now).await?;
         }
         told = Some(NodeDesired { network: None, ..now });
-        let network_timer = tokio::time::sleep_until(network_due.max(Instant::now() + NETWORK_INTERVAL).into());
+        let network_timer =
+            tokio::time::sleep_until(network_due.max(Instant::now() + NETWORK_INTERVAL).into());
         tokio::select! {
             changed = changed.changed() => if changed.is_err() { return Ok(()) },
             () = network_timer => {}

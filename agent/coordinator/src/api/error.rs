@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use lathe_api::problem::Problem;
 
 use crate::blobs::BlobError;
+use crate::dry_run::DryRunError;
 use crate::logs::LogError;
 use crate::observe::JoinError;
 use crate::pki::PkiError;
@@ -124,6 +125,12 @@ impl From<BlobError> for ApiError {
             BlobError::Upload(_) => Self::bad_request(error.to_string()),
             BlobError::File { .. } => Self::internal(&error),
         }
+    }
+}
+
+impl From<DryRunError> for ApiError {
+    fn from(error: DryRunError) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
     }
 }
 

@@ -8,19 +8,22 @@ use std::time::Duration;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
-use lathe_api::job::{Job, JobSpec};
+use lathe_api::job::{Job, JobSpec, JobState};
 use lathe_api::node::LogLine;
 use lathe_api::problem::Problem;
+use lathe_api::scheduling::{Planned, Why};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::error::ApiError;
 use super::extract::{Json, User};
+use super::redact::{self, Hidden};
 use super::stream::{Lines, json_lines};
 use crate::coordinator::Coordinator;
 use crate::logs::LogReader;
+use crate::reconcile::model::{gang, waits};
 use crate::records::{ACTIVE_JOBS, ENDED_JOBS, JobRecord, of_prefix};
-use crate::submit;
+use crate::{remedy, submit};
 
 const SPEC_BYTES: usize = 1 << 20;
 /// Lines read from the files at once.
@@ -54,12 +57,15 @@ pub async fn list(
         active.chain(ended).map(|record| record.map(|(_, record)| record.value)).collect::<Result<_, _>>()?;
     records.retain(|record| user.may(&record.job.tenant));
     records.sort_by_key(|record| record.sequence);
-    let complete = |record: JobRecord| {
+    let mut hidden = Hidden::default();
+    let mut jobs = Vec::with_capacity(records.len());
+    for record in records {
         let mut job = record.job;
         coordinator.explanations.complete(&mut job);
-        job
-    };
-    Ok(axum::Json(records.into_iter().map(complete).collect()))
+        redact::job(&coordinator, &user, &mut hidden, &mut job).await?;
+        jobs.push(job);
+    }
+    Ok(axum::Json(jobs))
 }
 
 /// One job.
@@ -82,8 +88,9 @@ pub async fn cancel(
     Path(id): Path<String>,
 ) -> Result<axum::Json<Job>, ApiError> {
     find(&coordinator, &user, &id).await?;
-    let job = submit::cancel(&coordinator, &id).await?;
-    job.map(axum::Json).ok_or_else(|| ApiError::not_found("job", &id))
+    let mut job = submit::cancel(&coordinator, &id).await?.ok_or_else(|| ApiError::not_found("job", &id))?;
+    redact::job(&coordinator, &user, &mut Hidden::default(), &mut job).await?;
+    Ok(axum::Json(job))
 }
 
 /// Streams a job as JSON lines: now, and after every change, until it has ended.
@@ -97,10 +104,10 @@ pub async fn watch(
 ) -> Result<Response, ApiError> {
     find(&coordinator, &user, &id).await?;
     let shared = Arc::clone(&coordinator);
-    Ok(json_lines(&coordinator, move |lines| async move { watch_job(&shared, &id, &lines).await }))
+    Ok(json_lines(&coordinator, move |lines| async move { watch_job(&shared, &user, &id, &lines).await }))
 }
 
-async fn watch_job(coordinator: &Coordinator, id: &str, lines: &Lines) {
+async fn watch_job(coordinator: &Coordinator, user: &User, id: &str, lines: &Lines) {
     let mut told: Option<Job> = None;
     let mut changed = coordinator.view.watch_job(id);
     loop {
@@ -109,6 +116,9 @@ async fn watch_job(coordinator: &Coordinator, id: &str, lines: &Lines) {
         let Ok(Some(record)) = submit::find_job(coordinator, id).await else { return };
         let mut job = record.value.job;
         coordinator.explanations.complete(&mut job);
+        if redact::job(coordinator, user, &mut Hidden::default(), &mut job).await.is_err() {
+            return;
+        }
         if told.as_ref() != Some(&job) && lines.send(&job).await.is_err() || job.state.is_terminal() {
             return;
         }
@@ -221,14 +231,94 @@ async fn send_logs(
     }
 }
 
-/// The job, if the caller may know of it; others' jobs look as if they did not exist.
+/// Says why a job waits, is where it is, or ended, and what was decided about it.
+#[utoipa::path(get, path = "/v1/jobs/{id}/why", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Why), (status = "4XX", body = Problem)))]
+pub async fn why(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Why>, ApiError> {
+    let record = find_record(&coordinator, &user, &id).await?;
+    let (mut job, mut decisions) = (record.job, record.decisions);
+    coordinator.explanations.complete(&mut job);
+    let explained = coordinator.explanations.of(&id).filter(|_| job.state == JobState::Pending);
+    let (position, waiting) = match &explained {
+        Some(explained) => place_in_queue(&coordinator, &job.spec.pool, explained.position),
+        None => (None, None),
+    };
+    let mut hidden = Hidden::default();
+    redact::job(&coordinator, &user, &mut hidden, &mut job).await?;
+    let texts: Vec<&str> = decisions.iter().map(|decision| decision.why.as_str()).collect();
+    hidden.of(&coordinator, &user, texts).await?;
+    for decision in &mut decisions {
+        decision.why = hidden.text(&decision.why);
+    }
+    Ok(axum::Json(Why {
+        job: job.id,
+        state: job.state,
+        reason: job.reason,
+        remedy: explained.map(|explained| remedy::remedy(&explained.waiting.reason).to_owned()),
+        expected_start_ms: job.expected_start_ms,
+        after: job.after,
+        position,
+        waiting,
+        placed: job.why,
+        decisions,
+    }))
+}
+
+/// Of those that wait in a pool: the place, from 1, of the one that has this place among all; and how
+/// many they are.
+fn place_in_queue(coordinator: &Coordinator, pool: &str, position: usize) -> (Option<u32>, Option<u32>) {
+    let in_pool: Vec<String> = coordinator.view.read(|contents| {
+        let own = contents
+            .jobs
+            .iter()
+            .filter(|(_, record)| waits(&record.value) && record.value.job.spec.pool == pool);
+        own.map(|(id, _)| id.clone()).collect()
+    });
+    let places = in_pool.iter().filter_map(|id| coordinator.explanations.of(id)).map(|one| one.position);
+    let (mut before, mut all) = (0, 0);
+    for place in places {
+        all += 1;
+        before += u32::from(place < position);
+    }
+    (Some(before + 1), Some(all))
+}
+
+/// Says what would become of a job if it were submitted now. Nothing is changed, nothing is promised.
+#[utoipa::path(post, path = "/v1/jobs/plan", tag = "jobs", request_body = JobSpec,
+    responses((status = 200, body = Planned), (status = "4XX", body = Problem)))]
+pub async fn plan(
+    State(coordinator): State<Arc<Coordinator>>,
+    user: User,
+    Json(spec): Json<JobSpec, SPEC_BYTES>,
+) -> Result<axum::Json<Planned>, ApiError> {
+    let record = submit::prepare(&coordinator, &user.0.tenant, spec).await?;
+    let mut planned = coordinator.dry_runs.run(&coordinator.changed, gang::gang(&record)).await?;
+    let mut hidden = Hidden::default();
+    let texts = [&planned.reason, &planned.why, &planned.after];
+    hidden.of(&coordinator, &user, texts.into_iter().flatten().map(String::as_str)).await?;
+    for text in [&mut planned.reason, &mut planned.why].into_iter().flatten() {
+        *text = hidden.text(text);
+    }
+    planned.after = hidden.job(planned.after.take());
+    Ok(axum::Json(planned))
+}
+
+/// The job, if the caller may know of it, with why it waits.
 async fn find(coordinator: &Coordinator, user: &User, id: &str) -> Result<Job, ApiError> {
+    let mut job = find_record(coordinator, user, id).await?.job;
+    coordinator.explanations.complete(&mut job);
+    redact::job(coordinator, user, &mut Hidden::default(), &mut job).await?;
+    Ok(job)
+}
+
+/// The record, if the caller may know of it; others' jobs look as if they did not exist.
+async fn find_record(coordinator: &Coordinator, user: &User, id: &str) -> Result<JobRecord, ApiError> {
     match submit::find_job(coordinator, id).await? {
-        Some(record) if user.may(&record.value.job.tenant) => {
-            let mut job = record.value.job;
-            coordinator.explanations.complete(&mut job);
-            Ok(job)
-        }
+        Some(record) if user.may(&record.value.job.tenant) => Ok(record.value),
         _ => Err(ApiError::not_found("job", id)),
     }
 }

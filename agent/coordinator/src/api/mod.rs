@@ -4,6 +4,7 @@
 //! - `jobs`, `nodes`, `pools` (with tenants and the audit log), `artefacts`, `blobs`, `tokens`: for people.
 //! - `meta`: health, metrics, the description.
 //! - `extract`: who asks; bounded bodies. `error`: problem documents. `stream`: JSON lines.
+//!   `redact`: what a tenant is not told.
 
 mod agent;
 mod artefacts;
@@ -15,6 +16,7 @@ mod meta;
 mod nodes;
 pub mod openapi;
 mod pools;
+mod redact;
 mod stream;
 pub mod tokens;
 
@@ -50,7 +52,9 @@ pub fn router(coordinator: Arc<Coordinator>) -> Router {
         .route("/v1/tenants/{name}", get(pools::tenant).put(pools::set_tenant).delete(pools::remove_tenant))
         .route("/v1/audit", get(pools::audit_log))
         .route("/v1/jobs", get(jobs::list).post(jobs::submit))
+        .route("/v1/jobs/plan", post(jobs::plan))
         .route("/v1/jobs/{id}", get(jobs::show))
+        .route("/v1/jobs/{id}/why", get(jobs::why))
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/watch", get(jobs::watch))
         .route("/v1/jobs/{id}/logs", get(jobs::logs))

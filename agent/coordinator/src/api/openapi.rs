@@ -29,6 +29,8 @@ use super::{agent, artefacts, blobs, jobs, meta, nodes, pools, tokens};
         jobs::submit,
         jobs::list,
         jobs::show,
+        jobs::why,
+        jobs::plan,
         jobs::cancel,
         jobs::watch,
         jobs::logs,

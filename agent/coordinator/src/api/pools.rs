@@ -16,7 +16,7 @@ use super::error::ApiError;
 use super::extract::{Admin, Json, User};
 use crate::coordinator::Coordinator;
 use crate::policy::{self, Pools, Tenants};
-use crate::records::{ACTIVE_JOBS, JobRecord, of_prefix};
+use crate::records::{ACTIVE_JOBS, JobRecord, POOLS, TENANTS, of_prefix};
 use crate::{audit, operate};
 
 const REQUEST_BYTES: usize = 256 << 10;
@@ -137,8 +137,7 @@ fn same_name(path: &str, body: &str) -> Result<(), ApiError> {
 
 /// Pools, tenants and jobs that have not ended, of one moment.
 async fn settings(coordinator: &Coordinator) -> Result<(Pools, Tenants, Vec<Job>), ApiError> {
-    let [pools, tenants] = policy::PREFIXES;
-    let listing = coordinator.store.list(&[pools, tenants, ACTIVE_JOBS]).await?;
+    let listing = coordinator.store.list(&[POOLS, TENANTS, ACTIVE_JOBS]).await?;
     let jobs = of_prefix::<JobRecord>(&listing.entries, ACTIVE_JOBS)
         .map(|record| record.map(|(_, record)| record.value.job))
         .collect::<Result<_, _>>()?;

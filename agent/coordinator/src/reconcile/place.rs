@@ -73,7 +73,13 @@ async fn commit(
 ) -> Result<bool, StoreError> {
     let live = coordinator.live().clone();
     let group = coordinator.view.read(|contents| {
-        let mut group = Group { contents, live: &live, model, staged: BTreeMap::new(), transaction: Transaction::default() };
+        let mut group = Group {
+            contents,
+            live: &live,
+            model,
+            staged: BTreeMap::new(),
+            transaction: Transaction::default(),
+        };
         for start in starts {
             if let Err(why) = group.stage(start, now_ms)? {
                 tracing::debug!(job = start.gang.id, why, "a start no longer holds");
@@ -87,7 +93,12 @@ async fn commit(
         Outcome::Committed(revision) => {
             coordinator.view.reached(revision).await;
             for start in starts {
-                tracing::info!(job = start.gang.id, tasks = start.tasks.len(), why = start.why, "gang placed");
+                tracing::info!(
+                    job = start.gang.id,
+                    tasks = start.tasks.len(),
+                    why = start.why,
+                    "gang placed"
+                );
             }
             Ok(true)
         }
@@ -155,7 +166,9 @@ impl<'a> Group<'a> {
             let staged = known.map(|of| (of.value.clone(), Some(of.revision))).unwrap_or_default();
             self.staged.insert(name, staged);
         }
-        let Some((allocations, _)) = self.staged.get_mut(name.as_str()) else { return Ok(Err(String::new())) };
+        let Some((allocations, _)) = self.staged.get_mut(name.as_str()) else {
+            return Ok(Err(String::new()));
+        };
         let planned = &self.model.cluster.nodes()[place.node as usize].gpus;
         let gpus: Vec<HostPciAddress> = place
             .gpus
@@ -197,7 +210,8 @@ impl<'a> Group<'a> {
 
     /// Whether the node takes work, which must hold until the commit, too.
     fn offers(&mut self, name: &str) -> Result<(), String> {
-        let Some(alive) = self.contents.alive.get(name).filter(|_| takes_part(self.contents, self.live, name))
+        let Some(alive) =
+            self.contents.alive.get(name).filter(|_| takes_part(self.contents, self.live, name))
         else {
             return Err(format!("node {name} is lost"));
         };
@@ -268,7 +282,8 @@ pub(super) async fn stop(
     for Resize { gang, remove, add, why } in resizes {
         let now = model.cluster.running().get(gang).map_or(0, |running| running.tasks.len());
         // The planner's cluster has the new size already.
-        let reason = format!("starts again with {now} tasks ({} more, {} less): {why}", add.len(), remove.len());
+        let reason =
+            format!("starts again with {now} tasks ({} more, {} less): {why}", add.len(), remove.len());
         stop_one(coordinator, gang, Cause::Resize, reason, DecidedBy::Policy, now_ms).await?;
     }
     Ok(())

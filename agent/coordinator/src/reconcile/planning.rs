@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use lathe_scheduler::{Gang, Plan, Planner};
 
-use super::model::{Model, Synced};
+use super::model::Model;
 use super::place;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
-use crate::policy;
+use crate::dry_run::Moment;
 use crate::records::{ENDED_JOBS, JobRecord, decode};
 use crate::state::Unseen;
 use crate::store::StoreError;
@@ -52,12 +52,18 @@ impl Planning {
             self.learn(record);
         }
         let unseen = with_recovered(coordinator, unseen, now);
-        if unseen.is_empty() && now.saturating_sub(self.planned_ms) < REPLAN_MS {
+        let dry_run = coordinator.dry_runs.take();
+        if dry_run.is_none() && unseen.is_empty() && now.saturating_sub(self.planned_ms) < REPLAN_MS {
             return Ok(());
         }
         let live = coordinator.live().clone();
-        let synced = coordinator.view.read(|contents| self.model.sync(contents, &live, &unseen, now));
-        self.keep_planner(synced);
+        coordinator.view.read(|contents| self.model.sync(contents, &live, &unseen, now));
+        self.keep_planner();
+        if let Some((ask, planner)) = dry_run.zip(self.planner.clone()) {
+            let (cluster, pending) = (self.model.cluster.clone(), self.model.pending());
+            // Whoever gave up meanwhile does not need it.
+            let _ = ask.send(Moment { cluster, pending, planner, now_ms: now });
+        }
         self.planned_ms = now;
         // Whole cores for some time: not on a thread that answers requests.
         let mut moved = std::mem::take(self);
@@ -101,9 +107,8 @@ impl Planning {
     }
 
     /// A planner for the pools and tenants as they are.
-    fn keep_planner(&mut self, synced: Synced) {
-        let same = self.planner.as_ref().is_some_and(|planner| *planner.settings() == self.model.settings);
-        if same && !synced.rebuilt {
+    fn keep_planner(&mut self) {
+        if self.planner.as_ref().is_some_and(|planner| *planner.settings() == self.model.settings) {
             return;
         }
         let mut planner = Planner::new(self.model.settings.clone(), SEED);
@@ -116,7 +121,7 @@ impl Planning {
     fn learn(&mut self, record: &JobRecord) {
         let (Some(finished), Some(placed)) = (record.job.finished_ms, record.placed_ms) else { return };
         let gang = self.model.gang(&record.job.id).cloned();
-        let gang = gang.unwrap_or_else(|| Arc::new(policy::gang(record)));
+        let gang = gang.unwrap_or_else(|| Arc::new(super::model::gang::gang(record)));
         let ran_ms = finished.saturating_sub(placed);
         if let Some(planner) = &mut self.planner {
             planner.ended(&gang, ran_ms);
@@ -136,12 +141,14 @@ impl Planning {
             let Some(last) = page.entries.last() else { break };
             after = Some(last.key.clone());
             for entry in &page.entries {
-                let Ok(record) = decode::<JobRecord>(&entry.key, &entry.value, entry.revision) else { continue };
+                let Ok(record) = decode::<JobRecord>(&entry.key, &entry.value, entry.revision) else {
+                    continue;
+                };
                 let job = &record.value.job;
                 if job.state == lathe_api::job::JobState::Succeeded
                     && let (Some(finished), Some(placed)) = (job.finished_ms, record.value.placed_ms)
                 {
-                    let gang = Arc::new(policy::gang(&record.value));
+                    let gang = Arc::new(super::model::gang::gang(&record.value));
                     found.push((finished, gang, finished.saturating_sub(placed)));
                 }
             }

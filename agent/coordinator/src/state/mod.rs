@@ -10,9 +10,9 @@
 //! behind lists again.
 
 pub mod contents;
-mod topics;
 #[cfg(test)]
 mod tests;
+mod topics;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

@@ -19,8 +19,8 @@ use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefini
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{
-    Change, Entry, Event, LeaseId, Listing, Outcome, Revision, Store, StoreError, Transaction, Watch, WatchError,
-    Write,
+    Change, Entry, Event, LeaseId, Listing, Outcome, Revision, Store, StoreError, Transaction, Watch,
+    WatchError, Write,
 };
 
 /// Key to (revision, lease or 0, value).
@@ -107,7 +107,10 @@ impl RedbStore {
         std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || write_groups(&writing, queue))
-            .map_err(|error| StoreError::Open { path: path.display().to_string(), reason: error.to_string() })?;
+            .map_err(|error| StoreError::Open {
+                path: path.display().to_string(),
+                reason: error.to_string(),
+            })?;
         tokio::spawn(end_leases(Arc::downgrade(&inner)));
         Ok(Self { inner, writer })
     }
@@ -142,7 +145,9 @@ fn write_groups(inner: &Inner, mut queue: mpsc::UnboundedReceiver<Pending>) {
             group.drain(..).map(|pending| (pending.work, pending.answer)).unzip();
         match inner.commit_group(works) {
             // Who no longer waits has lost nothing: what was asked has happened or not all the same.
-            Ok(outcomes) => answers.into_iter().zip(outcomes).for_each(|(answer, outcome)| drop(answer.send(outcome))),
+            Ok(outcomes) => {
+                answers.into_iter().zip(outcomes).for_each(|(answer, outcome)| drop(answer.send(outcome)))
+            }
             Err(error) => {
                 let text = error.to_string();
                 for answer in answers {
@@ -247,10 +252,7 @@ impl Inner {
     }
 
     /// Decides on each transaction in turn, and makes those that hold durable with one flush.
-    fn commit_group(
-        &self,
-        works: Vec<Transaction>,
-    ) -> Result<Vec<Result<Outcome, StoreError>>, StoreError> {
+    fn commit_group(&self, works: Vec<Transaction>) -> Result<Vec<Result<Outcome, StoreError>>, StoreError> {
         // Held until the watchers know, so that they learn of commits in order.
         let mut watchers = lock(&self.watchers);
         let transaction = self.database.begin_write().map_err(failed)?;

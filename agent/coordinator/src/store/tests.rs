@@ -180,7 +180,9 @@ async fn transactions_that_wait_together_are_each_decided_alone() {
     store.revoke_lease(ended).await.expect("works");
     let leased = Write::Put { key: "leased".into(), value: vec![], lease: Some(ended) };
     let mut works: Vec<_> = (0..64)
-        .map(|number: u32| transaction(&[(&format!("k/{}", number / 2), None)], vec![put(&format!("k/{}", number / 2), "v")]))
+        .map(|number: u32| {
+            transaction(&[(&format!("k/{}", number / 2), None)], vec![put(&format!("k/{}", number / 2), "v")])
+        })
         .collect();
     works.push(transaction(&[], vec![put("half", "v"), leased]));
     let mut watch = store.watch(0).expect("new");
@@ -190,10 +192,13 @@ async fn transactions_that_wait_together_are_each_decided_alone() {
     assert_eq!((won, lost), (32, 32), "of two that make the same key, one does");
     assert!(matches!(outcomes.last(), Some(Err(StoreError::NoLease(_)))));
     assert!(store.get("half").await.expect("works").is_none(), "a refused one wrote something");
-    let mut revisions: Vec<_> = outcomes.iter().filter_map(|one| match one {
-        Ok(Outcome::Committed(revision)) => Some(*revision),
-        _ => None,
-    }).collect();
+    let mut revisions: Vec<_> = outcomes
+        .iter()
+        .filter_map(|one| match one {
+            Ok(Outcome::Committed(revision)) => Some(*revision),
+            _ => None,
+        })
+        .collect();
     revisions.sort_unstable();
     for revision in revisions {
         assert_eq!(watch.next().await.expect("open").revision, revision, "each has its own");

@@ -207,6 +207,25 @@ impl Cluster {
         self.changed(index);
     }
 
+    /// Adds an empty node behind the others; its index. Who keeps something by index has one more to
+    /// keep.
+    pub fn push(&mut self, node: Node) -> u32 {
+        let at = self.nodes.len();
+        let index = u32::try_from(at).unwrap_or(u32::MAX);
+        let free = Free::all(&node);
+        let node_print = Fold::of(&node);
+        let print = Fold::mix(node_print, Fold::of(&free));
+        Arc::make_mut(&mut self.by_name).insert(node.name.clone(), index);
+        Arc::make_mut(&mut self.node_prints).push(node_print);
+        Arc::make_mut(&mut self.nodes).push(node);
+        self.free.push(free);
+        self.prints.push(print);
+        self.print = self.print.wrapping_add(numbered(at, print));
+        self.nodes_print = self.nodes_print.wrapping_add(numbered(at, node_print));
+        self.changed(index);
+        index
+    }
+
     /// Marks what is free of a node as something else than its total less what runs: GPUs that are
     /// being scrubbed, sandboxes that should be gone.
     pub fn set_free(&mut self, index: u32, free: Free) {
@@ -280,4 +299,28 @@ fn numbered(at: usize, print: u64) -> u64 {
 
 fn sum(prints: &[u64]) -> u64 {
     prints.iter().enumerate().fold(0, |sum, (at, print)| sum.wrapping_add(numbered(at, *print)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_that_grew_is_as_if_it_had_always_been_so_large() {
+        let node = |name: &str, cpu_milli| Node {
+            name: name.to_owned(),
+            total: super::super::Amount { cpu_milli, ..Default::default() },
+            ..Node::default()
+        };
+        let whole = Cluster::new(vec![node("a", 1), node("b", 2), node("c", 3)]);
+        let mut grown = Cluster::new(vec![node("a", 1)]);
+        assert_eq!((grown.push(node("b", 2)), grown.push(node("c", 3))), (1, 2));
+        assert_eq!((grown.nodes(), grown.free()), (whole.nodes(), whole.free()));
+        assert_eq!(grown.fingerprints(), whole.fingerprints());
+        assert_eq!(
+            (grown.fingerprint(), grown.nodes_fingerprint()),
+            (whole.fingerprint(), whole.nodes_fingerprint())
+        );
+        assert_eq!(grown.index("c"), Some(2));
+    }
 }

@@ -5,12 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use lathe_api::HostPciAddress;
 use lathe_api::gpu::{self, GpuHealth, GpuState, Severity};
 use lathe_api::node::{Inventory, LEAF_LABEL, NodeOffer, RACK_LABEL};
-use lathe_scheduler::model::{Free, Gpu, GpuFree, Node, NumaNode, Sharing};
 use lathe_scheduler::Amount;
+use lathe_scheduler::model::{Free, Gpu, GpuFree, Node, NumaNode, Offer, Sharing, Taint, Window};
 
 use crate::coordinator::Live;
 use crate::network::SANDBOXES_PER_NODE;
-use crate::policy;
 use crate::records::{Allocations, NodeRecord, Operations};
 
 /// Memory of a node that tasks do not get: its kernel, agent and page cache, and what each VMM needs
@@ -35,11 +34,29 @@ pub fn node(record: &NodeRecord, operations: &Operations, live: &Live, now_ms: u
         leaf: labels.get(LEAF_LABEL).cloned(),
         rack: labels.get(RACK_LABEL).cloned(),
         labels,
-        taints: policy::taints(&operations.taints),
+        taints: operations
+            .taints
+            .iter()
+            .map(|taint| Taint { key: taint.key.clone(), value: taint.value.clone() })
+            .collect(),
         fetch_mbps: inventory.nics.iter().filter_map(|nic| nic.speed_mbps).max().unwrap_or(0),
         artefacts: inventory.artefacts.iter().map(|one| (one.digest.to_string(), one.bytes)).collect(),
-        offer: policy::offer(&offer(operations, live, now_ms)),
-        maintenance: policy::windows(&operations.maintenance),
+        offer: match offer(operations, live, now_ms) {
+            NodeOffer::Open => Offer::Open,
+            NodeOffer::Cordoned(reason) => Offer::Cordoned { reason },
+            NodeOffer::Draining(reason) => Offer::Draining { reason },
+            NodeOffer::Suspected(reason) => Offer::Suspected { reason },
+        },
+        maintenance: operations
+            .maintenance
+            .iter()
+            .filter(|window| window.until_ms > now_ms)
+            .map(|window| Window {
+                from_ms: window.from_ms,
+                until_ms: window.until_ms,
+                reason: window.reason.clone(),
+            })
+            .collect(),
     }
 }
 
