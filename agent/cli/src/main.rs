@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use commands::{
-    audit, cluster, dataset, doctor, gpu, image, job, node, pool, token, vm, vm_control, vm_device,
+    audit, cluster, dataset, doctor, gpu, image, job, node, pool, simulate, token, vm, vm_control, vm_device,
 };
 use context::Connection;
 use exit::Exit;
@@ -73,6 +73,7 @@ enum Command {
     /// MicroVMs on this machine, without a cluster.
     #[command(subcommand)]
     Vm(VmCommand),
+    Simulate(Box<simulate::SimulateArgs>),
     /// What this machine can do, and what to do about what it cannot.
     Doctor,
     /// Print a completion script for a shell, to be sourced from its start file.
@@ -108,6 +109,7 @@ async fn main() -> ExitCode {
 async fn run(cli: Cli) -> anyhow::Result<Exit> {
     let format = if cli.json { Format::Json } else { Format::Table };
     match cli.command {
+        Command::Simulate(args) => simulate::run(&args, format),
         Command::Doctor => doctor::run(format),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "lathe", &mut std::io::stdout());

@@ -85,6 +85,8 @@ pub struct Coordinator {
     pub sequence: Sequence,
     /// Why jobs wait.
     pub explanations: Explanations,
+    /// Held by the one join at a time.
+    pub joining: tokio::sync::Mutex<()>,
     /// What would become of jobs.
     pub dry_runs: DryRuns,
     /// Wakes the reconciler.
@@ -147,6 +149,7 @@ impl Coordinator {
             cidr,
             options,
             metrics: Metrics::default(),
+            joining: tokio::sync::Mutex::default(),
             changed: Notify::new(),
             shutdown: CancellationToken::new(),
             live: Mutex::default(),

@@ -77,7 +77,11 @@ fn sandbox_spec(
         env: environment(job, assignment.rank)?,
         resources: spec.resources.clone(),
         gpus: allocation.map(|allocation| allocation.gpus.clone()).unwrap_or_default(),
-        numa_node: allocation.and_then(|allocation| allocation.numa).map(u32::from),
+        numa_node: allocation.and_then(|allocation| {
+            // The planner counts them by their place in the list.
+            let inventory = &contents.nodes.get(node)?.value.inventory;
+            inventory.numa.get(usize::from(allocation.numa?)).map(|numa| numa.id)
+        }),
         datasets: mounts
             .map(|(mount, dataset)| SandboxDataset { dataset: dataset.clone(), mount: mount.mount.clone() })
             .collect(),

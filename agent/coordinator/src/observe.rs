@@ -50,6 +50,8 @@ pub enum JoinError {
 /// When a node of that name is alive, or no subnet is left.
 pub async fn join(coordinator: &Coordinator, name: &str, certificate: Digest) -> Result<(), JoinError> {
     let store = &*coordinator.store;
+    // A thousand hosts that are switched on together would only get in each other's way.
+    let _one = coordinator.joining.lock().await;
     for _ in 0..ATTEMPTS {
         let last = records::load::<String>(store, SUBNETS).await?;
         coordinator.view.catch_up(store).await?;
@@ -90,7 +92,8 @@ pub async fn join(coordinator: &Coordinator, name: &str, certificate: Digest) ->
             expect.push((SUBNETS.to_owned(), last.map(|last| last.revision)));
             writes.push(put(SUBNETS, &record.subnet)?);
         }
-        if let Outcome::Committed(_) = store.commit(Transaction { expect, writes }).await? {
+        if let Outcome::Committed(revision) = store.commit(Transaction { expect, writes }).await? {
+            coordinator.view.reached(revision).await;
             tracing::info!(node = name, subnet = record.subnet, "node joined");
             return Ok(());
         }

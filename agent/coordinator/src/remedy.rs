@@ -13,6 +13,7 @@ pub fn remedy(reason: &Reason) -> &'static str {
         Reason::Limit(_) => "jobs under that limit end, or an operator raises it",
         Reason::MakingRoom { .. } => "those jobs stop within their grace period",
         Reason::NoPool { .. } => "an operator sets the pool, or the job is submitted to another",
+        Reason::Unseen => "jobs before it start or are cancelled",
         Reason::RunsStill => "its node says that they are gone, or is lost",
     }
 }
@@ -33,5 +34,6 @@ fn of_shortage(shortage: &Shortage) -> &'static str {
         Shortage::Gpus { .. } | Shortage::Cpus { .. } | Shortage::Memory { .. } => {
             "jobs end, or the job asks for less"
         }
+        _ => "jobs end, nodes come that fulfil what it asks for, or it asks for less",
     }
 }

@@ -11,7 +11,7 @@
 //! Each goes on by itself when the coordinator is away, and retries with a capped delay.
 //! Sandboxes do not notice, nor do they when the agent ends.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -81,6 +81,8 @@ pub struct Settings {
     pub metrics: Option<SocketAddr>,
     /// Which devices may be lent.
     pub gpus: Policy,
+    /// What to say of the host.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Runs the agent until SIGTERM or SIGINT; sandboxes go on.
@@ -121,7 +123,12 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     tokio::spawn(ship(client.clone(), host.clone(), shipped.0, ended.clone(), changed.clone()));
     let inventory = watch::channel(first_inventory(&host.paths, &host.gpus));
     tokio::spawn(read_inventories(host.paths.clone(), host.gpus.clone(), inventory.0));
-    let reporter = Reporter { client, address: settings.address.clone(), gpus: host.gpus.clone() };
+    let reporter = Reporter {
+        client,
+        address: settings.address.clone(),
+        labels: settings.labels.clone(),
+        host: host.clone(),
+    };
     tokio::spawn(report(reporter, inventory.1, snapshot, connected_sender));
     let reconciler = Reconciler::new(host.clone(), changed.clone());
     let stop = Arc::new(Notify::new());
@@ -258,7 +265,7 @@ async fn adopt(host: &Host) -> anyhow::Result<()> {
     host.network.sweep(&known).await?;
     recover_gpus(host, &found)?;
     if let Ok(desired) = files::read_json::<NodeDesired>(&last_desired(&host.paths))
-        && let Err(error) = host.network.configure(&desired.network).await
+        && let Err(error) = host.network.configure(&desired.network_with_gangs()).await
     {
         tracing::warn!(%error, "the network as it was last");
     }
@@ -299,7 +306,12 @@ async fn watch_desired(
             Ok(mut stream) => {
                 while let Some(next) = stream.next().await {
                     match next {
-                        Ok(desired) => {
+                        Ok(mut desired) => {
+                            // Told only when it changed.
+                            if desired.network.is_none() {
+                                let before = sender.borrow();
+                                desired.network = before.as_ref().and_then(|before| before.network.clone());
+                            }
                             backoff = Backoff::default();
                             if let Err(error) = files::write_json(&last_desired(&host.paths), &desired) {
                                 tracing::warn!(%error, "the network will not be known after a restart");
@@ -341,21 +353,20 @@ async fn reconcile(
     let mut passes = 0;
     loop {
         let desired = state.desired.borrow().clone();
-        if let Some(wanted) = desired.as_ref().map(|d| &d.network) {
+        let network = desired.as_ref().filter(|desired| desired.network.is_some());
+        if let Some(wanted) = network.map(NodeDesired::network_with_gangs) {
             let fresh = configured
                 .as_ref()
-                .is_some_and(|(known, when)| known == wanted && when.elapsed() < NETWORK_INTERVAL);
+                .is_some_and(|(known, when)| *known == wanted && when.elapsed() < NETWORK_INTERVAL);
             if !fresh {
                 host.network.doubt().await;
-                match host.network.configure(wanted).await {
-                    Ok(()) => configured = Some((wanted.clone(), Instant::now())),
+                match host.network.configure(&wanted).await {
+                    Ok(()) => configured = Some((wanted, Instant::now())),
                     Err(error) => {
                         tracing::error!(%error, "the network is not as it should be");
                         // Once a second is enough for an error that stays.
-                        configured = Some((
-                            wanted.clone(),
-                            Instant::now() - NETWORK_INTERVAL + Duration::from_secs(1),
-                        ));
+                        configured =
+                            Some((wanted, Instant::now() - NETWORK_INTERVAL + Duration::from_secs(1)));
                     }
                 }
             }
@@ -384,7 +395,8 @@ async fn reconcile(
 struct Reporter {
     client: Client,
     address: String,
-    gpus: Arc<Gpus>,
+    labels: BTreeMap<String, String>,
+    host: Arc<Host>,
 }
 
 /// Reports on every change, and often enough to count as alive.
@@ -394,7 +406,7 @@ async fn report(
     mut snapshot: watch::Receiver<Snapshot>,
     connected: watch::Sender<bool>,
 ) {
-    let Reporter { client, address, gpus } = reporter;
+    let Reporter { client, address, labels, host } = reporter;
     let mut last: Option<(Vec<SandboxStatus>, Instant)> = None;
     let interval = Duration::from_millis(REPORT_INTERVAL_MS);
     loop {
@@ -407,7 +419,9 @@ async fn report(
         if due {
             let mut inventory = inventory.borrow().clone();
             // Who has a device changes more often than the device.
-            gpus.describe(&mut inventory.gpus);
+            host.gpus.describe(&mut inventory.gpus);
+            inventory.labels.clone_from(&labels);
+            inventory.artefacts = host.images.list();
             let report = NodeReport { address: address.clone(), inventory, sandboxes: sandboxes.clone() };
             let sent = client.report(&report).await;
             let was_connected = connected.send_replace(sent.is_ok());

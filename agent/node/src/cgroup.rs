@@ -83,6 +83,25 @@ impl CgroupTree {
         self.root.join("lathe")
     }
 
+    /// Keeps a sandbox's task on the CPUs of a NUMA node, and so, by first touch, its memory. Where the
+    /// kernel cannot do that, the task runs anywhere: it is slower and not wrong. Memory itself is not
+    /// bound: what the node lacks comes from the others rather than from nowhere.
+    pub fn prefer_numa(&self, root: &Path, cgroup: &Path, node: u32) {
+        let list = root.join(format!("sys/devices/system/node/node{node}/cpulist"));
+        let Ok(cpus) = fs::read_to_string(&list) else {
+            tracing::warn!(node, "there is no such NUMA node; the task runs anywhere");
+            return;
+        };
+        let steps = [&self.root, &self.sandboxes(), &cgroup.to_owned()]
+            .map(|dir| set(dir, "cgroup.subtree_control", "+cpuset"))
+            .into_iter()
+            .collect::<Result<(), _>>()
+            .and_then(|()| set(&task_of(cgroup), "cpuset.cpus", cpus.trim()));
+        if let Err(error) = steps {
+            tracing::warn!(%error, node, "the task cannot be kept on its NUMA node and runs anywhere");
+        }
+    }
+
     /// Makes a sandbox's cgroup and the children for its supervisor and its task.
     ///
     /// # Errors

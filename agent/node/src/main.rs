@@ -136,6 +136,10 @@ struct RunArguments {
     /// Serve Prometheus metrics here.
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics_listen: Option<SocketAddr>,
+    /// What to say of this host, for pools and jobs to choose by, as zone=a; `lathe.rack` and `lathe.leaf`
+    /// say where it stands. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    label: Vec<(String, String)>,
     #[command(flatten)]
     gpus: GpuArguments,
     #[command(flatten)]
@@ -235,7 +239,22 @@ fn settings(arguments: RunArguments) -> anyhow::Result<agent::Settings> {
         paths,
         metrics: arguments.metrics_listen,
         gpus: arguments.gpus.policy(),
+        labels: arguments.label.into_iter().collect(),
     })
+}
+
+/// A label, as `KEY=VALUE`.
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: write KEY=VALUE"))?;
+    let plain = |part: &str| {
+        part.len() <= 63 && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b))
+    };
+    if key.is_empty() || key == "name" || !plain(key) || !plain(value) {
+        let rule =
+            "a key and a value of letters, digits and -_./, at most 63 each; the key name is the node's own";
+        return Err(format!("{text:?}: {rule}"));
+    }
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 fn print_inventory(paths: &Paths, json: bool) -> anyhow::Result<()> {

@@ -46,7 +46,7 @@ pub async fn run(
     let tenant = TenantAddresses { tenant: spec.tenant.clone(), addresses: vec![spec.address.clone()] };
     let network = NodeNetwork { subnet: subnet.to_owned(), routes: Vec::new(), tenants: vec![tenant] };
     host.network.configure(&network).await?;
-    let mut desired = NodeDesired { revision: 1, network, sandboxes: vec![spec.clone()] };
+    let mut desired = NodeDesired { revision: 1, network: Some(network), sandboxes: vec![spec.clone()] };
 
     let mut reconciler = Reconciler::new(host.clone(), Arc::new(Notify::new()));
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -4,8 +4,10 @@
 //! - [`model`]: amounts, GPUs, nodes, gangs, and the state of a cluster.
 //! - [`policy`]: pools and tenants, and what is chosen for each.
 //! - [`placement`]: where one gang goes: filters, then a score.
+//! - [`queue`]: the order of gangs: policies, shares, estimates.
 //! - [`planner`]: which gang goes next, what is held back for it, what is stopped for it.
 //! - [`plan`]: what comes out, reasons included.
+//! - [`simulate`]: the planner in virtual time, over traces of real clusters.
 //!
 //! No I/O, no clock, no randomness but what a seed gives: the same input gives the same plan, so the
 //! coordinator, tests and simulations all mean the same thing by it. The plan is optimistic: whoever
@@ -14,11 +16,12 @@
 #![forbid(unsafe_code)]
 
 pub mod model;
-pub mod old;
 pub mod placement;
 pub mod plan;
 pub mod planner;
 pub mod policy;
+pub mod queue;
+pub mod simulate;
 
 pub use model::{Amount, Cluster, Gang, Node};
 pub use plan::{Plan, Reason};

@@ -32,7 +32,8 @@ pub struct Start {
     pub why: String,
 }
 
-/// A running gang to stop.
+/// A running gang to stop: the caller marks it as stopping, or it may be another one in the next
+/// cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Preemption {
     /// Which.
@@ -43,7 +44,8 @@ pub struct Preemption {
     pub why: String,
 }
 
-/// A running gang to give another size.
+/// A running gang to give another size. What comes is taken on the cluster already, as with starts;
+/// what goes is there until the caller takes it away, and is said in each cycle until then.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resize {
     /// Which.
@@ -94,6 +96,8 @@ pub enum Reason {
         /// The name.
         pool: String,
     },
+    /// Its turn did not come: too many different gangs before it found no room.
+    Unseen,
     /// It runs already: it can start again only when that is gone.
     RunsStill,
 }
@@ -141,6 +145,9 @@ impl fmt::Display for Reason {
                 write!(f, "gets the room of job{s} {}, told to make it", gangs.join(", "))
             }
             Self::NoPool { pool } => write!(f, "there is no pool {pool:?}: see `lathe pool list`"),
+            Self::Unseen => {
+                f.write_str("its turn has not come: many different jobs before it wait for room, too")
+            }
             Self::RunsStill => {
                 f.write_str("its tasks from before run still: it starts again when they are gone")
             }

@@ -65,7 +65,8 @@ impl Default for Weight {
 pub struct Quota {
     /// Had back when asked for, whoever borrowed it.
     pub guaranteed: Option<Share>,
-    /// Never more than this; no limit without.
+    /// Never more than this; no limit without. [`Share::UNLIMITED`] in what is not limited: a zero
+    /// means that none is allowed.
     pub limit: Option<Share>,
 }
 
@@ -76,6 +77,19 @@ pub struct Share {
     pub amount: Amount,
     /// GPUs, in thousandths.
     pub gpu_milli: u64,
+}
+
+impl Share {
+    /// No limit in anything.
+    pub const UNLIMITED: Self = Self {
+        amount: Amount {
+            cpu_milli: u64::MAX,
+            memory_bytes: u64::MAX,
+            hugepage_bytes: u64::MAX,
+            sandboxes: u32::MAX,
+        },
+        gpu_milli: u64::MAX,
+    };
 }
 
 /// Which gang goes next.

@@ -13,7 +13,6 @@ use serde::de::DeserializeOwned;
 use super::error::ApiError;
 use crate::coordinator::Coordinator;
 use crate::pki::NodeIdentity;
-use crate::records::{self, NODES, NodeRecord};
 use crate::tokens;
 
 /// The client certificate of the connection, if it showed one; verified against the cluster's CA.
@@ -84,8 +83,8 @@ impl FromRequestParts<Arc<Coordinator>> for AgentNode {
         let peer = peer.ok_or_else(|| {
             ApiError::unauthorized("a node's certificate is needed: join with a join token first")
         })?;
-        let key = format!("{NODES}{}", peer.name);
-        let known = records::load::<NodeRecord>(&*coordinator.store, &key).await?;
+        // Joining returns when the view has it.
+        let known = coordinator.view.read(|contents| contents.nodes.get(&peer.name).cloned());
         let known = known.ok_or_else(|| {
             ApiError::unauthorized(format!("node {:?} is not registered; join again", peer.name))
         })?;

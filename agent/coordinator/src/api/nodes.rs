@@ -10,7 +10,9 @@ use lathe_api::problem::Problem;
 
 use super::error::ApiError;
 use super::extract::{Admin, Json, User};
+use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
+use crate::reconcile::model::node;
 use crate::records::{
     ALLOCATIONS, Allocations, NODES, NodeRecord, OPERATIONS, Operations, POOLS, Versioned, of_prefix,
 };
@@ -50,6 +52,13 @@ pub async fn operate(
     Json(operation): Json<NodeOperation, REQUEST_BYTES>,
 ) -> Result<axum::Json<Node>, ApiError> {
     operate::operate(&coordinator, &who, &name, &operation).await?;
+    if operation == NodeOperation::Uncordon {
+        // Whoever says that it takes work again has looked at what was wrong.
+        if let Some(live) = coordinator.live().get_mut(&name) {
+            live.refusals = Default::default();
+        }
+        coordinator.view.touch(&name);
+    }
     let found = nodes(&coordinator, None).await?.into_iter().find(|node| node.name == name);
     found.map(axum::Json).ok_or_else(|| ApiError::not_found("node", &name))
 }
@@ -63,7 +72,7 @@ pub(super) async fn nodes(coordinator: &Coordinator, user: Option<&User>) -> Res
     let mut operations: HashMap<String, Versioned<Operations>> =
         of_prefix(&listing.entries, OPERATIONS).collect::<Result<_, _>>()?;
     let pools = policy::pools(&listing.entries)?;
-    let live = coordinator.live();
+    let (live, now) = (coordinator.live(), now_ms());
     of_prefix::<NodeRecord>(&listing.entries, NODES)
         .map(|record| {
             let (name, Versioned { value, .. }) = record?;
@@ -77,7 +86,9 @@ pub(super) async fn nodes(coordinator: &Coordinator, user: Option<&User>) -> Res
             Ok(Node {
                 pools: own.map(|pool| pool.name.clone()).collect(),
                 labels,
-                offer: operations.offer,
+                offer: live
+                    .get(&name)
+                    .map_or(operations.offer.clone(), |live| node::offer(&operations, live, now)),
                 taints: operations.taints,
                 maintenance: operations.maintenance,
                 address: value.address,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lathe_scheduler::{Gang, Plan, Planner};
 
-use super::model::{Model, Synced};
+use super::model::Model;
 use super::place;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
@@ -57,8 +57,8 @@ impl Planning {
             return Ok(());
         }
         let live = coordinator.live().clone();
-        let synced = coordinator.view.read(|contents| self.model.sync(contents, &live, &unseen, now));
-        self.keep_planner(synced);
+        coordinator.view.read(|contents| self.model.sync(contents, &live, &unseen, now));
+        self.keep_planner();
         if let Some((ask, planner)) = dry_run.zip(self.planner.clone()) {
             let (cluster, pending) = (self.model.cluster.clone(), self.model.pending());
             // Whoever gave up meanwhile does not need it.
@@ -107,9 +107,8 @@ impl Planning {
     }
 
     /// A planner for the pools and tenants as they are.
-    fn keep_planner(&mut self, synced: Synced) {
-        let same = self.planner.as_ref().is_some_and(|planner| *planner.settings() == self.model.settings);
-        if same && !synced.rebuilt {
+    fn keep_planner(&mut self) {
+        if self.planner.as_ref().is_some_and(|planner| *planner.settings() == self.model.settings) {
             return;
         }
         let mut planner = Planner::new(self.model.settings.clone(), SEED);

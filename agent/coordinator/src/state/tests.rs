@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use lathe_api::sandbox::Desired;
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::{Contents, View, contents};

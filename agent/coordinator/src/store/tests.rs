@@ -185,7 +185,8 @@ async fn transactions_that_wait_together_are_each_decided_alone() {
         })
         .collect();
     works.push(transaction(&[], vec![put("half", "v"), leased]));
-    let mut watch = store.watch(0).expect("new");
+    let revision = store.list(&[]).await.expect("works").revision;
+    let mut watch = store.watch(revision).expect("recent");
     let outcomes = futures_util::future::join_all(works.into_iter().map(|work| store.commit(work))).await;
     let won = outcomes.iter().filter(|one| matches!(one, Ok(Outcome::Committed(_)))).count();
     let lost = outcomes.iter().filter(|one| matches!(one, Ok(Outcome::Conflict { .. }))).count();

@@ -6,3 +6,4 @@ mod gangs;
 mod gpus;
 mod harness;
 mod operators;
+mod scale;

@@ -244,6 +244,48 @@ impl Gpus {
         Ok(chosen)
     }
 
+    /// Writes down that `owner` takes exactly these devices, after `journal` has taken note of them. What
+    /// `owner` has of them already stays. Follow with [`Gpus::take`] for each.
+    ///
+    /// # Errors
+    /// When one is not free, which it says; [`GpuError::TooFew`] when those that are not are being scrubbed
+    /// and will be. Or of `journal`.
+    pub fn reserve_named<E: From<GpuError>>(
+        &self,
+        addresses: &[HostPciAddress],
+        owner: &Owner,
+        journal: impl FnOnce(&[HostPciAddress]) -> Result<(), E>,
+    ) -> Result<Vec<HostPciAddress>, E> {
+        let _one = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut held, mut soon) = (Vec::new(), Vec::new());
+        let offered = self.devices();
+        for &address in addresses {
+            if !offered.contains(&address) {
+                let what = "this host does not lend it".to_owned();
+                return Err(GpuError::NotFree { address, what }.into());
+            }
+            let view = self.view(address);
+            match view.state {
+                GpuState::InUse if view.owner.as_ref() == Some(owner) => held.push(address),
+                GpuState::Free => drop(self.check(address)?),
+                GpuState::Scrubbing => soon.push(address),
+                GpuState::InUse | GpuState::Quarantined => return Err(self.not_free(address).into()),
+            }
+        }
+        if let Some(address) = soon.first() {
+            let (wanted, free) = (addresses.len(), addresses.len() - soon.len());
+            let because = format!("; {address} is being scrubbed");
+            return Err(GpuError::TooFew { wanted, free, soon: soon.len(), because }.into());
+        }
+        let mut chosen = addresses.to_vec();
+        chosen.sort_unstable();
+        journal(&chosen)?;
+        for address in chosen.iter().filter(|address| !held.contains(address)) {
+            self.reserve_one(*address, owner)?;
+        }
+        Ok(chosen)
+    }
+
     /// Writes down that `owner` takes this device. Follow with [`Gpus::take`].
     ///
     /// # Errors

@@ -18,6 +18,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lathe_api::artefact::{Dataset, Digest};
+use lathe_api::node::{CachedArtefact, MAX_ARTEFACTS};
 use serde::{Deserialize, Serialize};
 
 use crate::files::{self, FileError};
@@ -169,6 +170,26 @@ impl ImageStore {
                 .map_err(FileError::io("change the mode of", &path))?;
         }
         self.make(&dataset.digest, &target, &staging, RunConfig::default()).await
+    }
+
+    /// What is in the cache: the largest [`MAX_ARTEFACTS`], by digest. What cannot be read is left out: it
+    /// would be fetched again.
+    pub fn list(&self) -> Vec<CachedArtefact> {
+        let files = [&self.images, &self.datasets].into_iter().filter_map(|dir| std::fs::read_dir(dir).ok());
+        let mut found: Vec<CachedArtefact> = files
+            .flatten()
+            .filter_map(|entry| {
+                let path = entry.ok()?.path();
+                let made = path.extension().is_some_and(|extension| extension == "erofs");
+                let hex = path.file_stem().filter(|_| made && record_of(&path).exists())?.to_str()?;
+                let digest = format!("sha256:{hex}").parse().ok()?;
+                Some(CachedArtefact { digest, bytes: path.metadata().ok()?.len() })
+            })
+            .collect();
+        found.sort_unstable_by_key(|artefact| (std::cmp::Reverse(artefact.bytes), artefact.digest));
+        found.truncate(MAX_ARTEFACTS);
+        found.sort_unstable_by_key(|artefact| artefact.digest);
+        found
     }
 
     async fn maker(&self, digest: &Digest) -> tokio::sync::OwnedMutexGuard<()> {

@@ -16,11 +16,11 @@ const SCRUB_PATIENCE: Duration = Duration::from_secs(1800);
 /// How often to look whether they are.
 const SCRUB_PAUSE: Duration = Duration::from_millis(500);
 
-/// Takes the devices of `spec`: chosen, in the journal, proven clean, bound to `vfio-pci`. Returns the
-/// functions to pass to the guest.
+/// Takes the devices of `spec`: those it names, or as many as it wants; in the journal, proven clean, bound
+/// to `vfio-pci`. Returns the functions to pass to the guest.
 ///
 /// # Errors
-/// When the host has not so many that can be taken.
+/// When one that it names is not free, or the host has not so many that can be taken.
 pub async fn take(
     host: &Host,
     journal: &mut Journal,
@@ -35,9 +35,14 @@ pub async fn take(
     let addresses = loop {
         // The preflight looks at all processes of the host.
         let reserved = tokio::task::block_in_place(|| {
-            host.gpus.reserve(count, &owner, |addresses| {
+            let journal = |addresses: &[HostPciAddress]| {
                 journal.begin(Step::Gpus { addresses: addresses.to_vec() }).map_err(PrepareError::from)
-            })
+            };
+            if spec.gpus.is_empty() {
+                host.gpus.reserve(count, &owner, journal)
+            } else {
+                host.gpus.reserve_named(&spec.gpus, &owner, journal)
+            }
         });
         match reserved {
             Err(PrepareError::Gpu(GpuError::TooFew { wanted, free, soon, .. }))

@@ -194,6 +194,9 @@ async fn make(
     };
     journal.begin(Step::Cgroup { path: host.cgroups.sandbox(&key.to_string()) })?;
     let cgroup = host.cgroups.make(&key.to_string(), limits)?;
+    if let Some(node) = spec.numa_node {
+        host.cgroups.prefer_numa(Path::new("/"), &cgroup, node);
+    }
 
     let class = if spec.class == IsolationClass::Container {
         let network = Veth { name: interface, bridge: BRIDGE.into(), mac: mac_of(address) };

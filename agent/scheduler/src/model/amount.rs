@@ -55,6 +55,17 @@ impl Amount {
         }
     }
 
+    /// The smaller of each.
+    #[must_use]
+    pub fn least(&self, other: &Self) -> Self {
+        Self {
+            cpu_milli: self.cpu_milli.min(other.cpu_milli),
+            memory_bytes: self.memory_bytes.min(other.memory_bytes),
+            hugepage_bytes: self.hugepage_bytes.min(other.hugepage_bytes),
+            sandboxes: self.sandboxes.min(other.sandboxes),
+        }
+    }
+
     /// The product; what is beyond counting stays at the largest number.
     #[must_use]
     pub fn times(&self, count: u32) -> Self {

@@ -88,7 +88,12 @@ impl Free {
         })
     }
 
-    pub(super) fn take(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) -> Result<(), TakeError> {
+    /// Whether a task that runs does not share the node or a switch with all.
+    pub fn is_isolated(&self) -> bool {
+        !self.alone.is_empty() || self.switches.iter().any(|user| user.alone > 0)
+    }
+
+    pub(crate) fn take(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) -> Result<(), TakeError> {
         let amount = gang.taken();
         if !self.amount.fits(&amount) {
             return Err(TakeError::Amount { node: node.name.clone() });
@@ -127,17 +132,64 @@ impl Free {
         Ok(())
     }
 
-    pub(super) fn give(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) {
+    pub(crate) fn give(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) {
         for &GpuPlace { index, part } in &place.gpus {
             if let Some(free) = self.gpus.get_mut(usize::from(index)) {
-                free.milli += part.milli;
+                // No more than all: what is given back may have been withheld only in part.
+                free.milli = free.milli.saturating_add(part.milli).min(GpuFree::ALL.milli);
                 free.slots |= part.slots;
-                free.compute += part.compute;
+                free.compute = free.compute.saturating_add(part.compute).min(GpuFree::ALL.compute);
             }
         }
         self.amount = self.amount.plus(&gang.taken());
         self.give_numa(&node.numa, place.numa, gang.taken());
         self.leave(node, gang, place);
+    }
+
+    /// Less what a task will have, as far as that is there: for times other than now.
+    pub(crate) fn withhold(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) {
+        for &GpuPlace { index, part } in &place.gpus {
+            if let Some(free) = self.gpus.get_mut(usize::from(index)) {
+                free.milli = free.milli.saturating_sub(part.milli);
+                free.slots &= !part.slots;
+                free.compute = free.compute.saturating_sub(part.compute);
+            }
+        }
+        self.amount = self.amount.less(&gang.taken());
+        self.take_numa(place.numa, gang.taken());
+        self.enter(node, gang, place);
+    }
+
+    /// What is free both here and there, beside whoever is here or there.
+    pub(crate) fn limit(&mut self, other: &Self) {
+        self.amount = self.amount.least(&other.amount);
+        for (one, other) in self.gpus.iter_mut().zip(&other.gpus) {
+            one.milli = one.milli.min(other.milli);
+            one.slots &= other.slots;
+            one.compute = one.compute.min(other.compute);
+        }
+        for (one, other) in self.numa.iter_mut().zip(&other.numa) {
+            *one = one.least(other);
+        }
+        for (tenant, tasks) in &other.tenants {
+            match self.tenants.binary_search_by(|(name, _)| name.cmp(tenant)) {
+                Ok(at) => self.tenants[at].1 = self.tenants[at].1.max(*tasks),
+                Err(at) => self.tenants.insert(at, (Arc::clone(tenant), *tasks)),
+            }
+        }
+        for (tenant, tasks) in &other.alone {
+            if self.alone.iter().all(|(name, _)| name != tenant) {
+                self.alone.push((Arc::clone(tenant), *tasks));
+            }
+        }
+        for user in &other.switches {
+            let same = |one: &&mut SwitchUse| one.switch == user.switch && one.tenant == user.tenant;
+            match self.switches.iter_mut().find(same) {
+                Some(one) => one.alone = one.alone.max(user.alone),
+                None => self.switches.push(user.clone()),
+            }
+        }
+        self.switches.sort_unstable();
     }
 
     /// Counts a task among those of its tenant.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use lathe_api::job::JobState;
 use lathe_api::node::NodeState;
-use lathe_scheduler::model::{GpuFree, GpuPlace, Node, Running, TaskPlace};
+use lathe_scheduler::model::{Free, GpuFree, GpuPlace, Node, Offer, Running, TaskPlace};
 use lathe_scheduler::policy::Settings;
 use lathe_scheduler::{Cluster, Gang};
 
@@ -38,61 +38,40 @@ pub struct Model {
     numbers: HashMap<String, u64>,
 }
 
-/// What a change of the records meant.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Synced {
-    /// There are other nodes, or they have other GPUs: the cluster is a new one.
-    pub rebuilt: bool,
-    /// Pools or tenants are different.
-    pub settings: bool,
-}
-
 impl Model {
     /// Takes in what changed.
-    pub fn sync(
-        &mut self,
-        contents: &Contents,
-        live: &HashMap<String, Live>,
-        unseen: &Unseen,
-        now_ms: u64,
-    ) -> Synced {
-        let mut synced = Synced::default();
+    pub fn sync(&mut self, contents: &Contents, live: &HashMap<String, Live>, unseen: &Unseen, now_ms: u64) {
         if unseen.all || unseen.settings {
-            let settings = settings::settings(contents);
-            synced.settings = settings != self.settings;
-            self.settings = settings;
+            self.settings = settings::settings(contents);
         }
         if unseen.all {
-            self.gangs.clear();
+            self.gangs.retain(|id, _| contents.jobs.contains_key(id));
             self.pending.clear();
             self.numbers.clear();
             contents.jobs.keys().for_each(|id| self.know(contents, id));
         } else {
             unseen.jobs.iter().for_each(|id| self.know(contents, id));
         }
-        synced.rebuilt = unseen.all || unseen.nodes.iter().any(|name| self.is_other(contents, live, name));
-        let (mut nodes, jobs): (BTreeSet<String>, Vec<&String>) = if synced.rebuilt {
-            let empty = contents.nodes.keys().filter_map(|name| describe(contents, live, name, now_ms));
-            self.cluster = Cluster::new(empty.collect());
-            (contents.nodes.keys().cloned().collect(), contents.jobs.keys().collect())
-        } else {
-            for name in &unseen.nodes {
-                let Some(index) = self.cluster.index(name) else { continue };
-                if let Some(node) = describe(contents, live, name, now_ms)
-                    && node != self.cluster.nodes()[index as usize]
-                {
-                    self.cluster.update(index, node);
-                }
-            }
-            (unseen.nodes.clone(), unseen.jobs.iter().collect())
-        };
-        for id in jobs {
+        let (mut nodes, mut jobs) = (unseen.nodes.clone(), unseen.jobs.clone());
+        if unseen.all {
+            nodes.extend(contents.nodes.keys().cloned());
+            nodes.extend(self.cluster.nodes().iter().map(|node| node.name.clone()));
+            jobs.extend(contents.jobs.keys().cloned());
+            jobs.extend(self.cluster.running().keys().cloned());
+        }
+        let others = nodes.iter().filter(|name| self.renew(contents, live, name, now_ms)).count();
+        if others > 0 {
+            let parts = contents.nodes.keys().filter_map(|name| describe(contents, live, name, now_ms));
+            self.cluster = Cluster::new(parts.collect());
+            (nodes, jobs) =
+                (contents.nodes.keys().cloned().collect(), contents.jobs.keys().cloned().collect());
+        }
+        for id in &jobs {
             self.rerun(contents, id, &mut nodes);
         }
         for name in nodes {
             self.refill(contents, live, &name);
         }
-        synced
     }
 
     /// Gangs that wait, in the order of their submission.
@@ -122,17 +101,25 @@ impl Model {
         }
     }
 
-    /// Whether a node came, went or has other GPUs.
-    fn is_other(&self, contents: &Contents, live: &HashMap<String, Live>, name: &str) -> bool {
-        let known = self.cluster.index(name).map(|index| &self.cluster.nodes()[index as usize]);
-        let record = contents.nodes.get(name).filter(|_| takes_part(contents, live, name));
-        match (known, record) {
-            (None, None) => false,
-            (Some(known), Some(record)) => !node::usable(&record.value.inventory)
-                .map(|gpu| gpu.address.to_string())
-                .eq(known.gpus.iter().map(|gpu| gpu.id.clone())),
-            _ => true,
+    /// Takes over what a node is now. One that is lost stays, with nothing to give, so that the others keep
+    /// their places; one that has other GPUs makes a new cluster necessary, which is what it says.
+    fn renew(&mut self, contents: &Contents, live: &HashMap<String, Live>, name: &str, now_ms: u64) -> bool {
+        let node = describe(contents, live, name, now_ms);
+        let Some(index) = self.cluster.index(name) else {
+            if let Some(node) = node {
+                self.cluster.push(node);
+            }
+            return false;
+        };
+        let known = &self.cluster.nodes()[index as usize];
+        let node = node.unwrap_or_else(|| lost(known));
+        if node != *known {
+            if !node.gpus.iter().map(|gpu| &gpu.id).eq(known.gpus.iter().map(|gpu| &gpu.id)) {
+                return true;
+            }
+            self.cluster.update(index, node);
         }
+        false
     }
 
     /// What runs of a job; the nodes where that is different now are added.
@@ -179,7 +166,13 @@ impl Model {
     /// Counts anew what is free of a node.
     fn refill(&mut self, contents: &Contents, live: &HashMap<String, Live>, name: &str) {
         let Some(index) = self.cluster.index(name) else { return };
-        let (Some(record), Some(live)) = (contents.nodes.get(name), live.get(name)) else { return };
+        let taking_part = contents.nodes.get(name).zip(live.get(name));
+        let Some((record, live)) = taking_part.filter(|_| takes_part(contents, live, name)) else {
+            let mut nothing = Free::all(&self.cluster.nodes()[index as usize]);
+            nothing.gpus.fill(GpuFree::NONE);
+            self.cluster.set_free(index, nothing);
+            return;
+        };
         let none = Allocations::default();
         let allocations = contents.allocations.get(name).map_or(&none, |of| &of.value);
         let node = &self.cluster.nodes()[index as usize];
@@ -237,6 +230,20 @@ pub fn takes_part(contents: &Contents, live: &HashMap<String, Live>, name: &str)
     live.get(name).is_some_and(|live| live.last_heartbeat_ms > 0)
         && contents.alive.contains_key(name)
         && contents.nodes.get(name).is_some_and(|record| record.value.state == NodeState::Ready)
+}
+
+/// A node that does not take part, which keeps its place.
+fn lost(known: &Node) -> Node {
+    const WHY: &str = "it stopped reporting";
+    Node {
+        name: known.name.clone(),
+        gpus: known.gpus.clone(),
+        numa: known.numa.clone(),
+        labels: known.labels.clone(),
+        class_problems: vec![WHY.to_owned()],
+        offer: Offer::Suspected { reason: WHY.to_owned() },
+        ..Node::default()
+    }
 }
 
 fn describe(contents: &Contents, live: &HashMap<String, Live>, name: &str, now_ms: u64) -> Option<Node> {

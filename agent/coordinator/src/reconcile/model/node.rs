@@ -41,7 +41,12 @@ pub fn node(record: &NodeRecord, operations: &Operations, live: &Live, now_ms: u
             .collect(),
         fetch_mbps: inventory.nics.iter().filter_map(|nic| nic.speed_mbps).max().unwrap_or(0),
         artefacts: inventory.artefacts.iter().map(|one| (one.digest.to_string(), one.bytes)).collect(),
-        offer: offer(operations, live, now_ms),
+        offer: match offer(operations, live, now_ms) {
+            NodeOffer::Open => Offer::Open,
+            NodeOffer::Cordoned(reason) => Offer::Cordoned { reason },
+            NodeOffer::Draining(reason) => Offer::Draining { reason },
+            NodeOffer::Suspected(reason) => Offer::Suspected { reason },
+        },
         maintenance: operations
             .maintenance
             .iter()
@@ -56,15 +61,10 @@ pub fn node(record: &NodeRecord, operations: &Operations, live: &Live, now_ms: u
 }
 
 /// What an operator wants goes before what is suspected.
-fn offer(operations: &Operations, live: &Live, now_ms: u64) -> Offer {
-    match &operations.offer {
-        NodeOffer::Cordoned(reason) => Offer::Cordoned { reason: reason.clone() },
-        NodeOffer::Draining(reason) => Offer::Draining { reason: reason.clone() },
-        NodeOffer::Suspected(reason) => Offer::Suspected { reason: reason.clone() },
-        NodeOffer::Open => match live.refusals.suspected(now_ms) {
-            Some(reason) => Offer::Suspected { reason: reason.to_owned() },
-            None => Offer::Open,
-        },
+pub fn offer(operations: &Operations, live: &Live, now_ms: u64) -> NodeOffer {
+    match (&operations.offer, live.refusals.suspected(now_ms)) {
+        (NodeOffer::Open, Some(reason)) => NodeOffer::Suspected(reason.to_owned()),
+        (offer, _) => offer.clone(),
     }
 }
 

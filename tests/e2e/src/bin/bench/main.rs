@@ -1,10 +1,11 @@
 //! Benchmarks: each prints a table and writes `target/bench/NAME.json`, a list of records
 //! `{"metric", "subject", "value", "unit"}`. Peers run in the same host in the same run.
 //!
-//! Times are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
+//! Times of boot and vfio are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
 //! percent on any machine, and count instructions rather than cache misses or device latency.
 
 mod boot;
+mod coordinator;
 mod qemu;
 mod record;
 mod vfio;
@@ -27,8 +28,9 @@ fn run() -> anyhow::Result<()> {
     let name = std::env::args().nth(1).unwrap_or_default();
     let (records, print): (_, fn(&[record::Record])) = match name.as_str() {
         "boot" => (boot::run()?, record::print),
+        "coordinator" => (coordinator::run()?, record::print),
         "vfio" => (vfio::run()?, vfio::print),
-        _ => bail!("no benchmark {name:?}; there are boot and vfio"),
+        _ => bail!("no benchmark {name:?}; there are boot, coordinator and vfio"),
     };
     print(&records);
     let path = record::write(&name, &records)?;
