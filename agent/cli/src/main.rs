@@ -15,7 +15,9 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use commands::{audit, cluster, dataset, doctor, gpu, image, job, node, pool, simulate, token, vm, vm_control, vm_device};
+use commands::{
+    audit, cluster, dataset, doctor, gpu, image, job, node, pool, simulate, token, vm, vm_control, vm_device,
+};
 use context::Connection;
 use exit::Exit;
 use lathe_api::client::ClientError;

@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_part_has_the_nodes_that_its_parents_have_too() {
-        let set = |json| serde_json::from_str::<Pool>(json).expect("a pool");
+        let set = |json: &str| serde_json::from_str::<Pool>(json).expect("a pool");
         let rule = |label: &str| format!(r#"[{{"label":"{label}","operator":"exists"}}]"#);
         let whole = set(&format!(r#"{{"name":"whole","selector":{}}}"#, rule("gpu")));
         let part = set(&format!(r#"{{"name":"part","parent":"whole","selector":{}}}"#, rule("new")));

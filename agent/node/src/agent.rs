@@ -123,8 +123,12 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     tokio::spawn(ship(client.clone(), host.clone(), shipped.0, ended.clone(), changed.clone()));
     let inventory = watch::channel(first_inventory(&host.paths, &host.gpus));
     tokio::spawn(read_inventories(host.paths.clone(), host.gpus.clone(), inventory.0));
-    let reporter =
-        Reporter { client, address: settings.address.clone(), labels: settings.labels.clone(), host: host.clone() };
+    let reporter = Reporter {
+        client,
+        address: settings.address.clone(),
+        labels: settings.labels.clone(),
+        host: host.clone(),
+    };
     tokio::spawn(report(reporter, inventory.1, snapshot, connected_sender));
     let reconciler = Reconciler::new(host.clone(), changed.clone());
     let stop = Arc::new(Notify::new());
@@ -361,10 +365,8 @@ async fn reconcile(
                     Err(error) => {
                         tracing::error!(%error, "the network is not as it should be");
                         // Once a second is enough for an error that stays.
-                        configured = Some((
-                            wanted,
-                            Instant::now() - NETWORK_INTERVAL + Duration::from_secs(1),
-                        ));
+                        configured =
+                            Some((wanted, Instant::now() - NETWORK_INTERVAL + Duration::from_secs(1)));
                     }
                 }
             }

@@ -246,9 +246,12 @@ fn settings(arguments: RunArguments) -> anyhow::Result<agent::Settings> {
 /// A label, as `KEY=VALUE`.
 fn label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: write KEY=VALUE"))?;
-    let plain = |part: &str| part.len() <= 63 && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
+    let plain = |part: &str| {
+        part.len() <= 63 && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b))
+    };
     if key.is_empty() || key == "name" || !plain(key) || !plain(value) {
-        let rule = "a key and a value of letters, digits and -_./, at most 63 each; the key name is the node's own";
+        let rule =
+            "a key and a value of letters, digits and -_./, at most 63 each; the key name is the node's own";
         return Err(format!("{text:?}: {rule}"));
     }
     Ok((key.to_owned(), value.to_owned()))

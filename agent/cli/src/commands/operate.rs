@@ -148,8 +148,7 @@ mod tests {
         let operation = asked(&["taint", "n1", "broken="]).unwrap();
         let set = vec![Taint { key: "broken".to_owned(), value: String::new() }];
         assert_eq!(operation, NodeOperation::Taint { set, remove: vec![] });
-        let operation =
-            asked(&["maintain", "n1", "--in", "1m", "--for", "1h", "--reason", "disks"]).unwrap();
+        let operation = asked(&["maintain", "n1", "--in", "1m", "--for", "1h", "--reason", "disks"]).unwrap();
         let window = MaintenanceWindow { from_ms: 61_000, until_ms: 3_661_000, reason: "disks".to_owned() };
         assert_eq!(operation, NodeOperation::Maintain(window));
         assert_eq!(asked(&["maintain", "n1", "--end"]).unwrap(), NodeOperation::EndMaintenance);

@@ -124,7 +124,16 @@ pub async fn tenant(command: TenantCommand, client: &Client, format: Format) -> 
 
 fn pool_table(pools: &[PoolStatus]) -> Table {
     let mut table = output::table(&[
-        "NAME", "PARENT", "QUEUE", "NODES", "CPUS", "MEMORY", "GPUS", "RUNNING", "PENDING", "GUARANTEED",
+        "NAME",
+        "PARENT",
+        "QUEUE",
+        "NODES",
+        "CPUS",
+        "MEMORY",
+        "GPUS",
+        "RUNNING",
+        "PENDING",
+        "GUARANTEED",
         "LIMIT",
     ]);
     for status in pools {
@@ -153,13 +162,17 @@ fn pool_text(status: &PoolStatus) -> String {
         lines.push(("part of", parent.clone()));
     }
     for one in &pool.selector {
-        let values = if one.values.is_empty() { String::new() } else { format!(" {}", one.values.join(", ")) };
+        let values =
+            if one.values.is_empty() { String::new() } else { format!(" {}", one.values.join(", ")) };
         lines.push(("nodes", format!("{} {}{values}", one.label, word(&one.operator))));
     }
     lines.push(("has", format!("{nodes} nodes, {}", amounts(capacity))));
     lines.push(("uses", format!("{}; {running} jobs run, {pending} wait", amounts(usage))));
     let (queue, backfill) = (word(&pool.queue), word(&pool.backfill));
-    lines.push(("queue", format!("{queue}, backfill {backfill}, next at the latest after {}", pool.starvation)));
+    lines.push((
+        "queue",
+        format!("{queue}, backfill {backfill}, next at the latest after {}", pool.starvation),
+    ));
     let preemption = if pool.preemption { "preemption" } else { "no preemption" };
     lines.push(("placement", format!("{}, {preemption}", word(&pool.placement))));
     lines.push(("guaranteed", quota(pool.guaranteed.as_ref())));
@@ -172,7 +185,16 @@ fn pool_text(status: &PoolStatus) -> String {
 
 fn tenant_table(tenants: &[TenantStatus]) -> Table {
     let mut table = output::table(&[
-        "NAME", "PARENT", "WEIGHT", "POOL", "CPUS", "MEMORY", "GPUS", "RUNNING", "PENDING", "GUARANTEED",
+        "NAME",
+        "PARENT",
+        "WEIGHT",
+        "POOL",
+        "CPUS",
+        "MEMORY",
+        "GPUS",
+        "RUNNING",
+        "PENDING",
+        "GUARANTEED",
         "LIMIT",
     ]);
     for TenantStatus { tenant, usage } in tenants {

@@ -69,3 +69,34 @@ async fn a_gpu_is_promised_again_only_when_it_is_free_again() {
     agent.set_gpus(vec![gpu(1, "")]);
     cluster.job_when(&second.id, |job| job.state == JobState::Running).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_are_told_which_gpus_they_get_and_no_two_get_the_same() {
+    let cluster = Cluster::start().await;
+    let agent = cluster.node("n1", 8).await;
+    let below = |switch: u8| {
+        format!(r#", "path": ["0000:00:01.0", "0000:{switch:02x}:00.0", "0000:{switch:02x}:01.0"]"#)
+    };
+    // Two switches with two each, in an order that does not show it.
+    agent.set_gpus(vec![
+        gpu(0x11, &below(8)),
+        gpu(0x12, &below(9)),
+        gpu(0x13, &below(8)),
+        gpu(0x14, &below(9)),
+    ]);
+    cluster.image().await;
+    let mut given = Vec::new();
+    for count in [2, 2] {
+        let job = cluster.admin().submit_job(&with_gpus(count)).await.expect("accepted");
+        cluster.job_when(&job.id, |job| job.state == JobState::Running).await;
+        let spec =
+            eventually("its task", || async { agent.seen().into_iter().find(|spec| spec.job == job.id) })
+                .await;
+        let mut pair: Vec<_> = spec.gpus.iter().map(ToString::to_string).collect();
+        pair.sort_unstable();
+        given.push(pair);
+    }
+    given.sort_unstable();
+    let pair = |one: u8, other: u8| vec![format!("0000:{one:02x}:00.0"), format!("0000:{other:02x}:00.0")];
+    assert_eq!(given, [pair(0x11, 0x13), pair(0x12, 0x14)], "each pair below one switch");
+}

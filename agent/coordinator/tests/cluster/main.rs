@@ -5,4 +5,6 @@ mod data;
 mod gangs;
 mod gpus;
 mod harness;
+mod operators;
 mod scale;
+mod scheduling;

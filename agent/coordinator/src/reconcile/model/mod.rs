@@ -40,13 +40,7 @@ pub struct Model {
 
 impl Model {
     /// Takes in what changed.
-    pub fn sync(
-        &mut self,
-        contents: &Contents,
-        live: &HashMap<String, Live>,
-        unseen: &Unseen,
-        now_ms: u64,
-    ) {
+    pub fn sync(&mut self, contents: &Contents, live: &HashMap<String, Live>, unseen: &Unseen, now_ms: u64) {
         if unseen.all || unseen.settings {
             self.settings = settings::settings(contents);
         }
@@ -69,7 +63,8 @@ impl Model {
         if others > 0 {
             let parts = contents.nodes.keys().filter_map(|name| describe(contents, live, name, now_ms));
             self.cluster = Cluster::new(parts.collect());
-            (nodes, jobs) = (contents.nodes.keys().cloned().collect(), contents.jobs.keys().cloned().collect());
+            (nodes, jobs) =
+                (contents.nodes.keys().cloned().collect(), contents.jobs.keys().cloned().collect());
         }
         for id in &jobs {
             self.rerun(contents, id, &mut nodes);
@@ -108,13 +103,7 @@ impl Model {
 
     /// Takes over what a node is now. One that is lost stays, with nothing to give, so that the others keep
     /// their places; one that has other GPUs makes a new cluster necessary, which is what it says.
-    fn renew(
-        &mut self,
-        contents: &Contents,
-        live: &HashMap<String, Live>,
-        name: &str,
-        now_ms: u64,
-    ) -> bool {
+    fn renew(&mut self, contents: &Contents, live: &HashMap<String, Live>, name: &str, now_ms: u64) -> bool {
         let node = describe(contents, live, name, now_ms);
         let Some(index) = self.cluster.index(name) else {
             if let Some(node) = node {

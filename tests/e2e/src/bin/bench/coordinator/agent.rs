@@ -47,7 +47,8 @@ pub async fn join(address: &str, ca: &str, token: &str, name: &str) -> anyhow::R
         token: None,
     };
     let request = JoinRequest { token: token.to_owned(), name: name.to_owned(), csr_pem: csr };
-    let answer = Client::new(&options(None))?.join(&request).await.with_context(|| format!("{name} joins"))?;
+    let answer =
+        Client::new(&options(None))?.join(&request).await.with_context(|| format!("{name} joins"))?;
     let identity = ClientIdentity { certificate_pem: answer.certificate_pem, key_pem: key.serialize_pem() };
     Ok(Client::new(&options(Some(identity)))?)
 }
@@ -95,7 +96,8 @@ pub async fn live(client: Client, mut report: NodeReport, run: Duration, seen: &
             }
             tokio::time::sleep(GATHER).await;
             let heartbeat = Duration::from_millis(REPORT_INTERVAL_MS);
-            let wait = due.map_or(heartbeat, |due| due.saturating_duration_since(Instant::now()).min(heartbeat));
+            let wait =
+                due.map_or(heartbeat, |due| due.saturating_duration_since(Instant::now()).min(heartbeat));
             // Either is a reason to report.
             let _ = tokio::time::timeout(wait, changed.notified()).await;
         }

@@ -68,7 +68,9 @@ async fn measure() -> anyhow::Result<Vec<Record>> {
             let coordinator = &coordinator;
             async move {
                 let name = format!("n{number:04}");
-                let client = agent::join(&coordinator.address, &coordinator.ca, &coordinator.join_token, &name).await?;
+                let client =
+                    agent::join(&coordinator.address, &coordinator.ca, &coordinator.join_token, &name)
+                        .await?;
                 let report = agent::report(&name);
                 client.report(&report).await?;
                 tokio::spawn(agent::live(client, report, RUN, seen));
@@ -126,7 +128,8 @@ async fn push(
         specs.push(spec(size)?);
     }
     let jobs = specs.len();
-    let clients: Vec<Client> = futures_util::future::try_join_all((0..8).map(|_| coordinator.admin())).await?;
+    let clients: Vec<Client> =
+        futures_util::future::try_join_all((0..8).map(|_| coordinator.admin())).await?;
     let begun = Instant::now();
     let cpu = coordinator.cpu_seconds()?;
     let submitted = Arc::new(AtomicUsize::new(0));
