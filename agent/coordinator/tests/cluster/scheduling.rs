@@ -48,7 +48,7 @@ async fn a_job_stopped_for_another_waits_again_and_has_lost_nothing() {
     assert_eq!((waits.attempt, waits.preemptions), (1, 1));
     let reason = waits.reason.expect("why it waits");
     assert!(reason.contains(&format!("preempted for job {}", high.id)), "{reason}");
-    let why = admin.why_job(&low.id).await.expect("its history");
+    let why = admin.job_why(&low.id).await.expect("its history");
     assert!(why.decisions.iter().any(|decision| decision.kind == DecisionKind::Preempted), "{why:?}");
     assert_eq!(waits.submitted_ms, low.submitted_ms, "its place in the queue");
 
