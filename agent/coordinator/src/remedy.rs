@@ -20,7 +20,30 @@ pub fn remedy(reason: &Reason) -> &'static str {
 
 fn of_shortage(shortage: &Shortage) -> &'static str {
     match shortage {
-        Shortage::NoNodes => "nodes join the pool, or those that it has become ready (`lathe node list`)",
+        Shortage::NoNodes => "nodes become ready (`lathe node list`)",
+        Shortage::NotInPool { .. } => {
+            "nodes get the labels that the pool's selector asks for (`lathe pool show`), or the job goes to \
+             another pool"
+        }
+        Shortage::NoNodeForConstraint { .. } => {
+            "an operator labels a node so (`lathe node label`), or the job asks for less"
+        }
+        Shortage::Tainted { .. } => "the taint is removed (`lathe node taint`), or the job tolerates it",
+        Shortage::Closed { .. } => "an operator uncordons nodes (`lathe node uncordon`), or others fulfil it",
+        Shortage::NoGpuModel { .. } | Shortage::NoGpuMemory { .. } | Shortage::NoGpuProfile { .. } => {
+            "nodes with such GPUs join, or the job asks for others"
+        }
+        Shortage::NoInstance { .. } => "jobs with such instances end",
+        Shortage::Maintenance { .. } => {
+            "the maintenance is over or called off, or the job says that it takes less (`estimate`)"
+        }
+        Shortage::Isolated { .. } => {
+            "jobs of other tenants end, or the job asks for less isolation, if its own is in the way"
+        }
+        Shortage::GpusOnOneSwitch { .. } | Shortage::Group { .. } => {
+            "jobs there end, or the job asks for a wider topology or fewer tasks"
+        }
+        Shortage::LargerThanGroup { .. } => "the job asks for a wider topology, or fewer or smaller tasks",
         Shortage::NoNodeForClass { .. } => {
             "what keeps nodes from running the class is put right, or the job asks for another class"
         }
@@ -31,9 +54,9 @@ fn of_shortage(shortage: &Shortage) -> &'static str {
         Shortage::GpusOnOneNode { .. } | Shortage::Fragmented { .. } => {
             "jobs end, or the job asks for smaller tasks"
         }
-        Shortage::Gpus { .. } | Shortage::Cpus { .. } | Shortage::Memory { .. } => {
-            "jobs end, or the job asks for less"
-        }
-        _ => "jobs end, nodes come that fulfil what it asks for, or it asks for less",
+        Shortage::Gpus { .. }
+        | Shortage::Cpus { .. }
+        | Shortage::Memory { .. }
+        | Shortage::Hugepages { .. } => "jobs end, or the job asks for less",
     }
 }
