@@ -279,9 +279,9 @@ pub(super) async fn stop(
         stop_one(coordinator, gang, Cause::Preemption, reason, by, now_ms).await?;
     }
     for Resize { gang, remove, add, why } in resizes {
-        let size = coordinator.view.read(|contents| {
-            contents.jobs.get(gang).map_or(0, |record| record.value.job.tasks.len())
-        });
+        let size = coordinator
+            .view
+            .read(|contents| contents.jobs.get(gang).map_or(0, |record| record.value.job.tasks.len()));
         let next = (size + add.len()).saturating_sub(remove.len());
         let reason = format!("starts again with {next} tasks instead of {size}: {why}");
         stop_one(coordinator, gang, Cause::Resize, reason, DecidedBy::Policy, now_ms).await?;
