@@ -309,7 +309,7 @@ mod tests {
             (
                 r#"{"name":"c","guaranteed":{"gpus":3},"limit":{"gpus":2}}"#,
                 "guaranteed.gpus",
-                "more than the limit of 2",
+                "more gpus than the limit of 2",
             ),
             (r#"{"name":"c","parent":"a","guaranteed":{"gpus":3}}"#, "guaranteed.gpus", "9 of gpus together"),
             // Something that the whole is not guaranteed at all.

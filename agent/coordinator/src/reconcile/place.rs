@@ -267,7 +267,6 @@ fn fits(
 /// Stops gangs that make room, and those that get another size.
 pub(super) async fn stop(
     coordinator: &Coordinator,
-    model: &Model,
     preemptions: &[Preemption],
     resizes: &[Resize],
     now_ms: u64,
@@ -280,10 +279,11 @@ pub(super) async fn stop(
         stop_one(coordinator, gang, Cause::Preemption, reason, by, now_ms).await?;
     }
     for Resize { gang, remove, add, why } in resizes {
-        let now = model.cluster.running().get(gang).map_or(0, |running| running.tasks.len());
-        // The planner's cluster has the new size already.
-        let reason =
-            format!("starts again with {now} tasks ({} more, {} less): {why}", add.len(), remove.len());
+        let size = coordinator
+            .view
+            .read(|contents| contents.jobs.get(gang).map_or(0, |record| record.value.job.tasks.len()));
+        let next = (size + add.len()).saturating_sub(remove.len());
+        let reason = format!("starts again with {next} tasks instead of {size}: {why}");
         stop_one(coordinator, gang, Cause::Resize, reason, DecidedBy::Policy, now_ms).await?;
     }
     Ok(())

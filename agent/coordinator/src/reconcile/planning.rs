@@ -96,7 +96,7 @@ impl Planning {
         if coordinator.explanations.set(plan.waiting) {
             coordinator.view.reasons_changed();
         }
-        place::stop(coordinator, &self.model, &plan.preemptions, &plan.resizes, now_ms).await?;
+        place::stop(coordinator, &plan.preemptions, &plan.resizes, now_ms).await?;
         let conflicts = place::start(coordinator, &self.model, plan.starts, now_ms).await?;
         if !conflicts.is_empty() {
             coordinator.metrics.placement_conflicts.add(conflicts.jobs.len() as u64);

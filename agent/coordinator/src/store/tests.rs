@@ -114,7 +114,8 @@ async fn a_copy_taken_in_the_middle_of_writing_opens_with_every_acknowledged_com
     let (dir, store) = fresh();
     for round in 0..20_u32 {
         committed(&store, transaction(&[], vec![put(&format!("k/{round:02}"), "v")])).await;
-        let copy = dir.path().join("copy.redb");
+        // Each its own: a store that was dropped lets go of its file a moment later.
+        let copy = dir.path().join(format!("copy-{round}.redb"));
         std::fs::copy(dir.path().join("store.redb"), &copy).expect("copied");
         let crashed = RedbStore::open(&copy).expect("it opens after a crash");
         assert_eq!(crashed.list(&["k/"]).await.expect("works").entries.len(), round as usize + 1);

@@ -192,6 +192,8 @@ struct AgentState {
     sandboxes: BTreeMap<String, SandboxStatus>,
     /// Every sandbox that was ever to run here.
     seen: Vec<SandboxSpec>,
+    /// Why nothing starts.
+    refusal: Option<String>,
 }
 
 impl FakeAgent {
@@ -205,7 +207,8 @@ impl FakeAgent {
             ..Default::default()
         };
         let report = NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: vec![] };
-        let state = AgentState { report, desired: None, sandboxes: BTreeMap::new(), seen: vec![] };
+        let state =
+            AgentState { report, desired: None, sandboxes: BTreeMap::new(), seen: vec![], refusal: None };
         let agent = Self { client, state: Arc::new(Mutex::new(state)), alive: CancellationToken::new() };
         tokio::spawn(watch(agent.client.clone(), Arc::clone(&agent.state), agent.alive.clone()));
         tokio::spawn(report_always(agent.client.clone(), Arc::clone(&agent.state), agent.alive.clone()));
@@ -247,6 +250,16 @@ impl FakeAgent {
     pub fn set(&self, sandbox: &str, change: impl FnOnce(&mut SandboxStatus)) {
         let mut state = self.state.lock().expect("no panic");
         change(state.sandboxes.get_mut(sandbox).expect("a known sandbox"));
+    }
+
+    /// What the host has is something else.
+    pub fn set_inventory(&self, change: impl FnOnce(&mut Inventory)) {
+        change(&mut self.state.lock().expect("no panic").report.inventory);
+    }
+
+    /// Whatever is to be started here is not, for this reason.
+    pub fn refuse_with(&self, reason: Option<&str>) {
+        self.state.lock().expect("no panic").refusal = reason.map(str::to_owned);
     }
 
     /// The node has other GPUs, or the same in other states.
@@ -312,9 +325,9 @@ impl AgentState {
                     self.seen.push(spec.clone());
                     let status = SandboxStatus {
                         id: spec.id.clone(),
-                        state: TaskState::Running,
-                        reason: None,
-                        lost: false,
+                        state: if self.refusal.is_some() { TaskState::Failed } else { TaskState::Running },
+                        reason: self.refusal.clone(),
+                        lost: self.refusal.is_some(),
                         exit: None,
                         usage: Default::default(),
                         stages: Default::default(),

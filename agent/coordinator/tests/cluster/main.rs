@@ -7,3 +7,4 @@ mod gpus;
 mod harness;
 mod operators;
 mod scale;
+mod scheduling;

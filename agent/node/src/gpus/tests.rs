@@ -428,6 +428,26 @@ fn a_start_that_is_repeated_gets_the_same_devices() {
 }
 
 #[test]
+fn devices_that_were_planned_are_taken_or_refused_by_name() {
+    let (bench, gpu, other) = Bench::with_gpus();
+    let (gpus, owner, rival) = (bench.gpus(), sandbox("a-0-1"), sandbox("b-0-1"));
+    let reserve = |addresses: &[HostPciAddress], owner: &Owner| {
+        gpus.reserve_named(addresses, owner, |noted| {
+            assert!(noted.iter().all(|address| addresses.contains(address)));
+            Ok::<_, GpuError>(())
+        })
+    };
+    assert_eq!(reserve(&[other], &owner).unwrap(), [other], "not the first one that is free");
+    gpus.take(other, &owner).unwrap();
+    assert_eq!(reserve(&[other], &owner).unwrap(), [other], "a start that is repeated");
+    let error = reserve(&[gpu, other], &rival).unwrap_err().to_string();
+    assert!(error.contains(&other.to_string()) && error.contains("a-0-1"), "{error}");
+    assert!(bench.is_the_host_s(gpu), "none is taken if one cannot be");
+    let error = reserve(&["0000:7f:1f.7".parse().unwrap()], &rival).unwrap_err().to_string();
+    assert!(error.contains("0000:7f:1f.7") && error.contains("does not lend"), "{error}");
+}
+
+#[test]
 fn two_sandboxes_never_get_one_device() {
     let (bench, ..) = Bench::with_gpus();
     let agents: Vec<Gpus> = (0..4).map(|_| bench.gpus()).collect();

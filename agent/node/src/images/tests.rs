@@ -58,6 +58,11 @@ async fn an_image_is_made_once_and_the_same_again() {
     // EROFS's magic number, at byte 1024.
     assert_eq!(fs::read(&one.path).unwrap()[1024..1028], 0xe0f5_e1e2_u32.to_le_bytes());
     assert_eq!(fs::read_dir(folder.0.path().join("staging")).unwrap().count(), 0);
+    // What the coordinator is told, so that work comes to where the image is.
+    let bytes = fs::metadata(&one.path).unwrap().len();
+    assert_eq!(store.list(), [CachedArtefact { digest, bytes }]);
+    fs::write(folder.0.path().join("images").join(format!("{}.erofs", "0".repeat(64))), "half").unwrap();
+    assert_eq!(store.list().len(), 1, "a file without its record is not whole");
     let again = Folder::new();
     assert_eq!(again.store().image(&again.image()).await.unwrap().erofs, one.erofs);
 }

@@ -43,6 +43,9 @@ pub fn read(root: &Path, devices: &[HostPciAddress]) -> Inventory {
         gpus: gpus(&host, devices),
         classes: Vec::new(),
         class_problems: Vec::new(),
+        // What the agent was told, and what is in its caches, are not the host's.
+        labels: Default::default(),
+        artefacts: Vec::new(),
     }
 }
 
