@@ -100,11 +100,6 @@ impl KernelFunction {
         self.file()
     }
 
-    /// Whether the kernel can reset this function alone.
-    pub fn can_reset(&self) -> bool {
-        ioctls::can_reset(&*self.device).unwrap_or(false)
-    }
-
     /// Has `requested` signalled when the host wants the device back, and `failed` on an uncorrectable
     /// error. Kernels without one of the two are no reason to refuse the device.
     pub fn watch(&self, requested: &EventFd, failed: &EventFd) {

@@ -129,8 +129,10 @@ impl Opened {
         opened.times.open = start.elapsed();
         // All are open before the first is reset: a bus is reset only if all on it are ours.
         let groups: Vec<u32> = devices.iter().map(|(_, host)| host.group).collect();
-        for ((config, host), kernel) in devices.into_iter().zip(kernels) {
-            opened.add(config, host, kernel, &groups, &[])?;
+        for (index, ((config, host), kernel)) in devices.into_iter().zip(kernels).enumerate() {
+            let reset =
+                opened.reset((&host, &format!("passthrough[{index}].address")), &kernel, &groups, &[])?;
+            opened.add(config, host, kernel, reset)?;
         }
         Ok(Some(opened))
     }
@@ -150,15 +152,23 @@ impl Opened {
         Ok(Arc::new(KernelFunction::new(Arc::new(device))))
     }
 
+    fn reset(
+        &self,
+        device: (&HostDevice, &str),
+        kernel: &KernelFunction,
+        groups: &[u32],
+        running: &[HostPciAddress],
+    ) -> Result<ResetReport, VfioError> {
+        reset::reset(device, kernel, &*self.iommu, groups, running)
+    }
+
     fn add(
         &mut self,
         config: PassthroughConfig,
         host: HostDevice,
         kernel: Arc<KernelFunction>,
-        groups: &[u32],
-        running: &[HostPciAddress],
+        reset: ResetReport,
     ) -> Result<(), VfioError> {
-        let reset = reset::reset(&host, &kernel, &*self.iommu, groups, running)?;
         self.times.reset += reset.duration;
         let start = Instant::now();
         let hypervisor = Arc::clone(&self.context.hypervisor);
@@ -186,7 +196,8 @@ impl Opened {
         let running: Vec<_> = self.devices.iter().map(|device| device.host.address).collect();
         let mut groups = self.groups();
         groups.push(host.group);
-        self.add(config, host, kernel, &groups, &running)?;
+        let reset = self.reset((&host, "address"), &kernel, &groups, &running)?;
+        self.add(config, host, kernel, reset)?;
         self.connect_peers();
         let device = &self.devices[self.devices.len() - 1];
         Ok(device)
@@ -207,8 +218,8 @@ impl Opened {
     }
 
     fn reset_after_use(&self, device: &Device, groups: &[u32], running: &[HostPciAddress]) {
-        if let Err(error) = reset::reset(&device.host, &device.kernel, &*self.iommu, groups, running) {
-            crate::notice(format_args!("{}: after use: {error}", device.host.address));
+        if let Err(error) = self.reset((&device.host, "after use"), &device.kernel, groups, running) {
+            crate::notice(format_args!("{error}"));
         }
     }
 
