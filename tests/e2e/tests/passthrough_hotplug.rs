@@ -134,6 +134,10 @@ fn torn_out_of_the_host(host: &Host) {
     .unwrap();
     let absent = running.device("plug", &[LOOSE]).unwrap();
     turned_down(&absent, &["address", LOOSE, "no such PCI function"]).unwrap();
+    let text = running.text().unwrap();
+    let said: Vec<_> = text.lines().filter(|line| line.starts_with("lathe-vmm: ")).collect();
+    let lost = format!("lathe-vmm: device d0: {LOOSE}: it answers no more: pulled out of the host");
+    assert!(said.len() == 1 && said[0].starts_with(&lost), "{text}");
     // The machine goes on: another device works.
     assert_done(&running.device("plug", &[EDU, "--id", "edu"]).unwrap());
     running.wait_for("plugged", 2).unwrap();

@@ -20,6 +20,7 @@ use crate::pci::root::{PciRoot, SharedPciDevice};
 use crate::vfio::VfioError;
 use crate::vfio::host::HostDevice;
 use crate::vfio::passthrough::{AttachTimes, Context, Device, Opened};
+use crate::vfio::reset::Resettable;
 
 /// A device that could not be plugged or unplugged.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,9 @@ pub struct DeviceView {
     /// Whether other devices reach its BARs.
     pub peer_to_peer: bool,
 }
+
+/// Why a device is taken from the guest that answers no more, whatever the kernel signalled.
+const LOST: &str = "it answers no more: pulled out of the host, off, or hung";
 
 /// What is counted for a device and the stages of attaching it.
 #[derive(Clone, Debug)]
@@ -278,7 +282,14 @@ impl Passthrough {
 
     /// The host wants a device back, or it failed: the guest loses it at once, as if it had been pulled out.
     fn take_back(&self, id: &str, why: &str) {
-        crate::notice(format_args!("device {id}: {why}; it is taken from the guest"));
+        {
+            let mut state = lock(&self.state);
+            // The guest may have been quicker.
+            let Some(device) = state.opened.as_mut().and_then(|opened| opened.device(id)) else { return };
+            device.lost = !device.kernel.answers();
+            let (address, why) = (device.host.address, if device.lost { LOST } else { why });
+            crate::notice(format_args!("device {id}: {address}: {why}; it is taken from the guest"));
+        }
         match self.surprise_remove(id) {
             Ok(()) => {}
             Err(error) => {

@@ -39,6 +39,9 @@ pub struct Device {
     pub interrupts: Arc<InterruptCounters>,
     /// The function itself.
     pub kernel: Arc<KernelFunction>,
+    /// It answers no more, which was said: it is given back without a reset, for which its removal from the host
+    /// would wait.
+    pub lost: bool,
 }
 
 /// How long each stage of giving devices to a machine took; the agent's binding comes before.
@@ -181,7 +184,7 @@ impl Opened {
         self.times.bar_map += start.elapsed();
         let interrupts = pci.interrupt_counters();
         let pci = Arc::new(Mutex::new(pci));
-        self.devices.push(Device { config, host, pci, reset, interrupts, kernel });
+        self.devices.push(Device { config, host, pci, reset, interrupts, kernel, lost: false });
         Ok(())
     }
 
@@ -218,6 +221,9 @@ impl Opened {
     }
 
     fn reset_after_use(&self, device: &Device, groups: &[u32], running: &[HostPciAddress]) {
+        if device.lost {
+            return;
+        }
         if let Err(error) = self.reset((&device.host, "after use"), &device.kernel, groups, running) {
             crate::notice(format_args!("{error}"));
         }
@@ -230,6 +236,11 @@ impl Opened {
     /// The devices, in the order of the description.
     pub fn devices(&self) -> &[Device] {
         &self.devices
+    }
+
+    /// A device by its ID.
+    pub fn device(&mut self, id: &str) -> Option<&mut Device> {
+        self.devices.iter_mut().find(|device| device.config.id == id)
     }
 
     /// The kernel's interface in use.

@@ -4,8 +4,8 @@
 //! the tests run the same steps against a model of the kernel that can be stopped after each.
 
 use std::fs::{self, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -127,10 +127,12 @@ impl PciHost for KernelHost {
     }
 
     fn answers(&self, function: HostPciAddress) -> bool {
-        let mut id = [0; 4];
-        let read =
-            fs::File::open(self.device(function).join("config")).and_then(|mut f| f.read_exact(&mut id));
-        read.is_ok() && id != [0xff; 4]
+        // A virtual function's vendor and device ID are always ones (PCIe 6.0 §9.3.4.1.1), its class code never.
+        const CLASS_AND_REVISION: u64 = 8;
+        let mut class = [0; 4];
+        let config = fs::File::open(self.device(function).join("config"));
+        let read = config.and_then(|file| file.read_exact_at(&mut class, CLASS_AND_REVISION));
+        read.is_ok() && class != [0xff; 4]
     }
 
     fn read(&self, function: HostPciAddress, attribute: &str) -> io::Result<String> {
@@ -243,7 +245,8 @@ mod tests {
         assert_eq!(host.read(gpu, "class").unwrap(), "0x030200");
         fs::write(real.join("config"), [0xff; 64]).unwrap();
         assert!(!host.answers(gpu), "all ones is a device that is gone");
-        fs::write(real.join("config"), [0x34, 0x12, 0x11, 0x11]).unwrap();
+        let virtual_function = [[0xff; 4], [0; 4], [0, 0, 2, 3]].concat();
+        fs::write(real.join("config"), virtual_function).unwrap();
         assert!(host.answers(gpu));
     }
 }
