@@ -62,7 +62,7 @@ fn gpus(host: &HostFiles<'_>, devices: &[HostPciAddress]) -> Vec<Gpu> {
 /// health; what it once said of the others is in the file `known`. Where it runs none the program is
 /// not started. May take a minute.
 pub fn ask_nvml(root: &Path, gpus: &mut [Gpu], nvml: &Path, known: &Path) {
-    nvml::enrich(gpus, nvml, nvml::LIMIT, || xid::last_xids(root));
+    nvml::enrich(gpus, nvml, nvml::LIMIT, || xid::gravest_xids(root));
     known::complete(gpus, known);
 }
 
