@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lathe_vmm::bus::Bus;
 use lathe_vmm::hypervisor::{Hypervisor, LevelInterrupt, MsiMessage, MsiVector, PassthroughHypervisor};
+use lathe_vmm::pci::capabilities;
 use lathe_vmm::pci::root::{ECAM_BUS_SIZE, PciRoot, SharedPciDevice, Windows};
-use lathe_vmm::vfio::capabilities;
 use lathe_vmm::vfio::config::VirtualConfig;
 use lathe_vmm::vfio::device::VfioPci;
 use lathe_vmm::vfio::function::{FunctionParts, HostFunction, InterruptCounts, InterruptKind, Region};
