@@ -17,6 +17,7 @@ mod xid;
 pub use classes::{ClassInputs, classes};
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use lathe_api::gpu::{DeviceCheck, Gpu};
@@ -107,6 +108,14 @@ impl HostFiles<'_> {
     /// A file's bytes, as far as they can be read.
     fn bytes(&self, path: impl AsRef<Path>) -> Vec<u8> {
         crate::files::read_bounded(&self.path(path), 4 << 20).unwrap_or_default()
+    }
+
+    /// Whether a line of a file contains `words`. The file is read as far as that, whatever its size: on hosts with
+    /// hundreds of CPUs `/proc/interrupts` has many MiB.
+    fn has(&self, path: impl AsRef<Path>, words: &str) -> bool {
+        let Ok(file) = fs::File::open(self.path(path)) else { return false };
+        let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
+        lines.into_iter().any(|line| String::from_utf8_lossy(&line).contains(words))
     }
 
     fn number<T: std::str::FromStr>(&self, path: impl AsRef<Path>) -> Option<T> {

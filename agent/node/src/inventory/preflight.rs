@@ -144,7 +144,7 @@ fn interrupt_remapping(host: &HostFiles<'_>) -> Option<GpuProblem> {
         return None;
     }
     // The kernel's names of interrupt chips behind remapping begin so, on Intel and AMD alike.
-    if host.text("proc/interrupts").contains("IR-") {
+    if host.has("proc/interrupts", "IR-") {
         return None;
     }
     let what = "interrupt remapping is off: a guest could raise any interrupt of the host";
