@@ -136,8 +136,7 @@ impl HostFiles<'_> {
 
     /// The last component that a link points to, such as a device's driver.
     fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
-        let target = fs::read_link(self.path(path)).ok()?;
-        target.file_name()?.to_str().map(str::to_owned)
+        crate::files::link_name(&self.path(path))
     }
 }
 
