@@ -139,7 +139,9 @@ impl Opened {
         let device = self.iommu.open(host).map_err(|error| {
             let cause = iommu::cause(&error);
             let problem = match (cause.raw_os_error(), &error) {
-                (Some(libc::EBUSY), _) => "is in use by another process; end that first: `fuser -v /dev/vfio/* /dev/vfio/devices/*` names it".to_owned(),
+                (Some(libc::EBUSY), _) => "is in use by another process; end that first: \
+                                           `fuser -v /dev/vfio/* /dev/vfio/devices/*` names it"
+                    .to_owned(),
                 (_, vfio_ioctls::VfioError::GroupViable) => {
                     format!(
                         "a driver of the host has another function of its IOMMU group {}; bind all of the group to \
