@@ -17,10 +17,10 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::function::{FunctionParts, HostFunction, InterruptCounts, InterruptKind, ROM_REGION, Region};
+use super::function::{
+    FunctionParts, HostFunction, InterruptCounts, InterruptKind, PAGE, ROM_REGION, Region,
+};
 use super::ioctls;
-
-const PAGE: u64 = 4096;
 
 /// A function of the host behind VFIO.
 pub struct KernelFunction {

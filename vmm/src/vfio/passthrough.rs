@@ -111,7 +111,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens and resets `devices`, of which there is one at least.
+    /// Opens and resets `devices`; `None` without any.
     ///
     /// # Errors
     /// When one is in use, cannot be reset, or the kernel refuses; those opened before are closed again.
@@ -144,9 +144,15 @@ impl Opened {
         let device = self.iommu.open(host).map_err(|error| {
             let cause = iommu::cause(&error);
             let problem = match (cause.raw_os_error(), &error) {
-                (Some(libc::EBUSY), _) => "is in use by another process".to_owned(),
+                (Some(libc::EBUSY), _) => "is in use by another process; end that first: \
+                                           `fuser -v /dev/vfio/* /dev/vfio/devices/*` names it"
+                    .to_owned(),
                 (_, vfio_ioctls::VfioError::GroupViable) => {
-                    format!("a driver of the host has another function of IOMMU group {}", host.group)
+                    format!(
+                        "a driver of the host has another function of its IOMMU group {}; bind all of the group to \
+                         vfio-pci",
+                        host.group
+                    )
                 }
                 _ => format!("cannot be opened with {}: {cause}", self.iommu.name()),
             };
@@ -188,11 +194,11 @@ impl Opened {
         Ok(())
     }
 
-    /// Adds a device to a machine that runs: opened, reset, reached by the mappings that are there.
+    /// Adds a device to a machine that runs, behind the others in [`devices`](Self::devices): opened, reset, reached by the mappings that are there.
     ///
     /// # Errors
     /// When it is in use, cannot be reset without one that runs, or the kernel refuses.
-    pub fn plug(&mut self, config: PassthroughConfig, host: HostDevice) -> Result<&Device, VfioError> {
+    pub fn plug(&mut self, config: PassthroughConfig, host: HostDevice) -> Result<(), VfioError> {
         let start = Instant::now();
         let kernel = self.open(&host, "address")?;
         self.times.open = start.elapsed();
@@ -202,8 +208,7 @@ impl Opened {
         let reset = self.reset((&host, "address"), &kernel, &groups, &running)?;
         self.add(config, host, kernel, reset)?;
         self.connect_peers();
-        let device = &self.devices[self.devices.len() - 1];
-        Ok(device)
+        Ok(())
     }
 
     /// Gives a device back that the guest's bus has no longer: quiet, reset, closed. The mappings stay for

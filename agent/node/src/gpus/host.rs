@@ -14,9 +14,8 @@ use std::time::Duration;
 use lathe_api::HostPciAddress;
 
 use super::scrub::{self, Bar, BarScrub, ScrubError};
-
-/// The driver that lends functions to processes.
-pub const VFIO_PCI: &str = "vfio-pci";
+use crate::files::link_name;
+use crate::pci::{VFIO_PCI, bridges_above};
 
 /// How long a driver may take to let a function go or to take it up. NVIDIA's takes seconds for each;
 /// one whose device is held open by a process waits for it for ever.
@@ -148,8 +147,7 @@ impl PciHost for KernelHost {
     }
 
     fn driver(&self, function: HostPciAddress) -> Option<String> {
-        let target = fs::read_link(self.device(function).join("driver")).ok()?;
-        Some(target.file_name()?.to_str()?.to_owned())
+        link_name(&self.device(function).join("driver"))
     }
 
     fn group(&self, function: HostPciAddress) -> Option<Vec<HostPciAddress>> {
@@ -161,9 +159,7 @@ impl PciHost for KernelHost {
     }
 
     fn path(&self, function: HostPciAddress) -> Vec<HostPciAddress> {
-        let real = fs::canonicalize(self.device(function)).unwrap_or_default();
-        let names = real.components().filter_map(|part| part.as_os_str().to_str()?.parse().ok());
-        names.filter(|bridge| *bridge != function).collect()
+        bridges_above(&self.device(function), function)
     }
 
     fn unbind(&self, function: HostPciAddress) -> io::Result<()> {
@@ -190,8 +186,7 @@ impl PciHost for KernelHost {
     }
 
     fn is_idle(&self, function: HostPciAddress) -> bool {
-        let Ok(group) = fs::read_link(self.device(function).join("iommu_group")) else { return true };
-        let Some(number) = group.file_name() else { return true };
+        let Some(number) = link_name(&self.device(function).join("iommu_group")) else { return true };
         // A group can be opened once; the open file of a device in it counts as well.
         let node = self.root.join("dev/vfio").join(number);
         let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(node);

@@ -112,10 +112,9 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
 
 /// `gpu0`, `gpu1`, ... for devices; the further functions of one are `gpu0-1`, `gpu0-2`, ...
 fn passthrough(functions: &[HostPciAddress]) -> Vec<PassthroughConfig> {
-    let slot = |address: &HostPciAddress| (address.domain(), address.bus(), address.device());
     let (mut device, mut further) = (0, 0);
     let config = functions.iter().enumerate().map(|(index, address)| {
-        let new = index.checked_sub(1).is_none_or(|before| slot(&functions[before]) != slot(address));
+        let new = index.checked_sub(1).is_none_or(|before| !functions[before].shares_device(*address));
         (device, further) = if new { (device + 1, 0) } else { (device, further + 1) };
         let id =
             if further == 0 { format!("gpu{}", device - 1) } else { format!("gpu{}-{further}", device - 1) };
