@@ -84,6 +84,8 @@ struct State {
     estimate_ms: Option<u64>,
     /// Thousandths of GPUs of a task, once it was placed.
     task_milli: u64,
+    /// Thousandths of GPUs that it has now.
+    has_milli: u64,
     /// Counts changes of its run, to tell outdated events.
     run: u32,
     stage: Stage,
@@ -271,9 +273,8 @@ impl Simulation {
         self.worked(job);
         let state = &mut self.states[job];
         state.run += 1;
-        if let Some(running) = self.cluster.end(&state.job.gang.id) {
-            self.allocated_milli -= gpu_milli(&running);
-        }
+        self.cluster.end(&state.job.gang.id);
+        self.has(job, 0);
     }
 
     /// Counts the work since a job was last looked at.
@@ -347,7 +348,7 @@ impl Simulation {
             let milli = self.cluster.running().get(&start.gang.id).map_or(0, gpu_milli);
             let tasks = u32::try_from(start.tasks.len()).unwrap_or(u32::MAX);
             state.task_milli = milli / u64::from(tasks.max(1));
-            self.allocated_milli += milli;
+            self.has(job, milli);
             self.go_on(job, tasks);
         }
         let states = &self.states;
@@ -395,24 +396,34 @@ impl Simulation {
         self.events.push(Reverse((gone_ms, Event::Stopped(job, state.run))));
     }
 
-    /// A gang has other places from now on; its work goes on with them.
+    /// A gang is as large as it is planned to be from now on; its work goes on. What comes to it the
+    /// planner has added; what goes, it leaves to us, who do not wait for its tasks to stop.
     fn resize(&mut self, resize: &Resize) {
         let Some(&job) = self.by_id.get(&resize.gang) else { return };
-        if !matches!(self.states[job].stage, Stage::Running { .. }) {
-            return;
-        }
+        let Stage::Running { tasks: before, .. } = self.states[job].stage else { return };
         self.worked(job);
         self.result.resizes += 1;
         let Some(mut running) = self.cluster.end(&resize.gang) else { return };
-        self.allocated_milli -= gpu_milli(&running);
         let mut ranks = 0..;
         running.tasks.retain(|_| ranks.next().is_some_and(|rank| !resize.remove.contains(&rank)));
-        running.tasks.extend(resize.add.iter().cloned());
-        let (milli, tasks) = (gpu_milli(&running), u32::try_from(running.tasks.len()).unwrap_or(u32::MAX));
+        let tasks = u32::try_from(running.tasks.len()).unwrap_or(u32::MAX);
+        running.expected_end_ms = running.expected_end_ms.map(|end| {
+            let left = end.saturating_sub(self.now_ms).saturating_mul(before.into());
+            self.now_ms.saturating_add(left / u64::from(tasks.max(1)))
+        });
+        self.has(job, gpu_milli(&running));
         if self.cluster.start(running).is_ok() {
-            self.allocated_milli += milli;
             self.go_on(job, tasks);
         }
+        if !resize.remove.is_empty() {
+            self.events.push(Reverse((self.now_ms, Event::Cycle)));
+        }
+    }
+
+    /// A job has so many thousandths of GPUs from now on.
+    fn has(&mut self, job: usize, milli: u64) {
+        self.allocated_milli += milli;
+        self.allocated_milli -= std::mem::replace(&mut self.states[job].has_milli, milli);
     }
 
     fn record(&mut self) {
@@ -451,6 +462,7 @@ impl State {
             left: 0,
             estimate_ms: job.gang.estimate_ms,
             task_milli: 0,
+            has_milli: 0,
             run: 0,
             stage: Stage::Coming,
             waiting_since_ms: job.gang.submitted_ms,
