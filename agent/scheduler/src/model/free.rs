@@ -88,6 +88,11 @@ impl Free {
         })
     }
 
+    /// Whether a task that runs does not share the node or a switch with all.
+    pub fn is_isolated(&self) -> bool {
+        !self.alone.is_empty() || self.switches.iter().any(|user| user.alone > 0)
+    }
+
     pub(crate) fn take(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) -> Result<(), TakeError> {
         let amount = gang.taken();
         if !self.amount.fits(&amount) {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::metrics::Step;
 use super::outcome::{JobTimes, Outcome};
 use crate::model::{Cluster, Gang, Node, Offer, Running};
+use crate::placement::{Demand, fragmented_milli};
 use crate::plan::{Plan, Resize};
 use crate::planner::Planner;
 use crate::policy;
@@ -19,6 +20,9 @@ const CYCLES_AT_ONCE: u32 = 100;
 /// Runs of one job, after which it is given up: without checkpoints, on nodes that fail often enough,
 /// a long one never ends.
 const RUNS: u32 = 10_000;
+
+/// Measurements of fragmentation while jobs arrive.
+const MEASUREMENTS: u64 = 400;
 
 /// One job of a simulation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,6 +135,12 @@ struct Simulation {
     result: Outcome,
     steps: Vec<Step>,
     allocated_milli: u64,
+    /// What fragmentation is measured against, what it was, and when it is measured again: it is a look
+    /// at all nodes.
+    demand: Demand,
+    fragmented_milli: f64,
+    measure_ms: u64,
+    measure_every_ms: u64,
 }
 
 impl Simulation {
@@ -143,6 +153,8 @@ impl Simulation {
             .collect();
         let mut random = fastrand::Rng::with_seed(options.seed);
         let first = jobs.first().map_or(0, |job| job.gang.submitted_ms);
+        let last = jobs.last().map_or(0, |job| job.gang.submitted_ms);
+        let demand = Demand::of(jobs.iter().map(|job| (&job.gang.task, f64::from(job.gang.tasks.max))));
         if let Some(failures) = options.failures {
             for node in 0..u32::try_from(nodes.len()).unwrap_or(u32::MAX) {
                 events
@@ -170,6 +182,10 @@ impl Simulation {
             cycles_at_once: 0,
             steps: Vec::new(),
             allocated_milli: 0,
+            fragmented_milli: 0.0,
+            measure_ms: first,
+            measure_every_ms: (last - first) / MEASUREMENTS,
+            demand,
         }
     }
 
@@ -427,10 +443,14 @@ impl Simulation {
     }
 
     fn record(&mut self) {
+        if self.now_ms >= self.measure_ms {
+            self.fragmented_milli = fragmented_milli(&self.cluster, &self.demand);
+            self.measure_ms = self.now_ms + self.measure_every_ms;
+        }
         let step = Step {
             from_ms: self.now_ms,
             allocated_milli: self.allocated_milli,
-            fragmented_milli: 0.0,
+            fragmented_milli: self.fragmented_milli,
             waiting: self.waiting.len(),
         };
         match self.steps.last_mut() {
