@@ -3,12 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use lathe_e2e::artefacts;
+use lathe_scheduler::placement::Ties;
 use lathe_scheduler::policy::{Backfill, Pool, Queue, Strategy};
 use lathe_scheduler::simulate::Options;
-use lathe_scheduler::simulate::compare::{Choice, Study};
+use lathe_scheduler::simulate::arrivals;
+use lathe_scheduler::simulate::compare::{self, Choice, Study};
 use lathe_scheduler::simulate::names::Named;
 use lathe_scheduler::simulate::scenario::{self, Arrivals, Estimates, Load};
 use lathe_scheduler::simulate::trace::{self, Work};
@@ -24,21 +28,39 @@ const LOADS: [f64; 3] = [0.7, 0.9, 1.1];
 const TENANTS: u32 = 8;
 const SEED: u64 = 1;
 
+/// Seeds of the published results.
+const ARRIVAL_SEEDS: u64 = 10;
+
+/// Placements, how ties are broken, and the name of the published results that they compare with.
+const PLACEMENTS: [(Strategy, Ties, &str); 8] = [
+    (Strategy::Random, Ties::Seeded, "01-Random"),
+    (Strategy::DotProduct, Ties::ByName, "02-DotProd"),
+    (Strategy::GpuClustering, Ties::ByName, "03-GpuClustering"),
+    (Strategy::GpuPacking, Ties::ByName, "04-GpuPacking"),
+    (Strategy::BestFit, Ties::ByName, "05-BestFit"),
+    (Strategy::FragmentationGradientDescent, Ties::ByName, "06-FGD"),
+    (Strategy::Balanced, Ties::ByName, "06-FGD"),
+    (Strategy::Balanced, Ties::Seeded, "06-FGD"),
+];
+
 /// All traces that are there.
 pub fn run() -> anyhow::Result<Vec<Record>> {
     let Some(folder) = folder() else {
-        eprintln!("bench: no traces: set LATHE_TRACES to the folder with openb/ and philly/ to replay them");
+        eprintln!(
+            "bench: no traces: set LATHE_SHARED_DATA to the folder with openb/ and philly/ to replay them"
+        );
         return Ok(Vec::new());
     };
     let mut records = Vec::new();
     for path in lists(&folder.join("philly"), "")? {
         records.extend(philly(&path)?);
     }
+    records.extend(openb(&folder.join("openb"))?);
     Ok(records)
 }
 
 fn folder() -> Option<PathBuf> {
-    let named = std::env::var_os("LATHE_TRACES").map(PathBuf::from);
+    let named = std::env::var_os("LATHE_SHARED_DATA").map(PathBuf::from);
     let beside = ["shared/data", "../shared/data"].map(|path| artefacts::repository().join(path));
     named.into_iter().chain(beside).find(|path| path.join("philly").is_dir())
 }
@@ -86,14 +108,75 @@ fn philly(path: &Path) -> anyhow::Result<Vec<Record>> {
             options: Options::default(),
         };
         study.leave_out_misfits();
-        for (queue, estimates) in choices() {
-            for &(_, backfill) in Backfill::NAMES {
-                let choice = Choice { queue, backfill, placement: Strategy::Balanced, estimates };
-                records.extend(row(&study, &choice, &format!("{} {load}", stem(path))));
-            }
-        }
+        let each = |(queue, estimates)| {
+            Backfill::NAMES.iter().map(move |&(_, backfill)| Choice {
+                queue,
+                backfill,
+                placement: Strategy::Balanced,
+                estimates,
+            })
+        };
+        let choices: Vec<Choice> = choices().into_iter().flat_map(each).collect();
+        let name = format!("{} {load}", stem(path));
+        records.extend(on_all_cores(&choices, |choice| row(&study, choice, &name)).into_iter().flatten());
     }
     Ok(records)
+}
+
+/// Every placement on every list of pods by the published procedure, beside what was published.
+fn openb(folder: &Path) -> anyhow::Result<Vec<Record>> {
+    let Some(path) = lists(folder, "openb_node_list_gpu")?.pop() else { return Ok(Vec::new()) };
+    let nodes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let nodes = scenario::arrival_nodes(&trace::nodes(&path.display().to_string(), &nodes)?);
+    let published = fs::read_to_string(folder.join("expected_gpu_allocated.csv")).unwrap_or_default();
+    let seeds: Vec<u64> = (42..42 + ARRIVAL_SEEDS).collect();
+    let mut records = Vec::new();
+    for path in lists(folder, "openb_pod_list")? {
+        eprintln!("bench: {}", stem(&path));
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Work::Pods(pods) = trace::work(&path.display().to_string(), &bytes)? else { continue };
+        let tasks = scenario::arrival_tasks(&pods);
+        let runs = on_all_cores(&PLACEMENTS, |&(strategy, ties, name)| {
+            let options = arrivals::Options { strategy, ties, seed: 0, known_demand: true };
+            let figures = compare::arrivals(&nodes, &tasks, options, &seeds).percent_gpu_allocated_at_100;
+            let known = published
+                .lines()
+                .map(|line| line.split(',').collect::<Vec<_>>())
+                .find(|line| line[0] == stem(&path) && line.get(1) == Some(&name))
+                .and_then(|line| line.get(4)?.parse::<f64>().ok());
+            let ties = if ties == Ties::ByName { "ties by name" } else { "random ties" };
+            let subject = format!("{}, {ties}", strategy.name());
+            let record = |metric: &str, value| {
+                Record::of(&format!("{}{MARK}{metric}", stem(&path)), &subject, "percent", vec![value])
+            };
+            let own = [("mean", figures.mean), ("min", figures.min), ("max", figures.max)];
+            let own = own.map(|(metric, value)| record(metric, value));
+            own.into_iter().chain(known.map(|value| record("published mean", value))).collect::<Vec<_>>()
+        });
+        records.extend(runs.into_iter().flatten());
+    }
+    Ok(records)
+}
+
+/// Results in the order of the inputs; each core takes the next that nobody took.
+fn on_all_cores<T: Sync, R: Send>(inputs: &[T], run: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<(usize, R)>> = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(input) = inputs.get(at) else { return };
+                    let result = run(input);
+                    results.lock().unwrap_or_else(PoisonError::into_inner).push((at, result));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(at, _)| *at);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 /// Every policy with perfect knowledge, and the one that lives by estimates with the others, too.
