@@ -209,9 +209,10 @@ mod tests {
         let table = partitions(&profiles, &[1.0, 5.0]);
         let worth = |slots: usize, compute: usize| table[slots * COMPUTE + compute];
         assert_eq!(worth(0xff, 7), 1000.0);
-        // One small instance at the edge of the lower half costs that half, in its middle no more.
-        assert!(worth(0xf0, 4) >= 499.0 && worth(0xee, 6) < 500.0);
-        assert!(worth(0xfe, 6) >= worth(0xee, 6));
+        // Five large and one small: a large one costs half a device, a small one an eighth.
+        assert!((worth(0xf0, 4) - 500.0).abs() < 1.0 && (worth(0x0e, 6) - 375.0).abs() < 1.0);
+        // A small one where it blocks a large one that could have its neighbours costs more.
+        assert!(worth(0xfe, 6) > worth(0xef, 6));
     }
 
     #[test]

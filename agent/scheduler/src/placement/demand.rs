@@ -12,67 +12,64 @@ const MOST_TYPICAL: usize = 256;
 
 /// A kind of task, and how much of the demand it is.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Typical {
-    /// What each asks for.
-    pub task: TaskRequest,
-    /// Its part of all tasks, so that all typical ones together are 1.
-    pub weight: f64,
+struct Typical {
+    task: TaskRequest,
+    /// Its part of all tasks.
+    weight: f64,
 }
 
-/// Typical tasks, the commonest first.
+/// The mix of what is asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Demand {
-    /// See the type.
-    pub typical: Vec<Typical>,
+    /// All kinds of tasks with their parts, the commonest first.
+    all: Vec<Typical>,
+    /// How many of them are typical.
+    typical: usize,
+    /// The part of all tasks that those are.
+    covered: f64,
 }
 
 impl Demand {
-    /// From tasks and how often each was asked for: the commonest that cover 95 %.
+    /// From tasks and how often each was asked for.
     pub fn of<'a>(tasks: impl IntoIterator<Item = (&'a TaskRequest, f64)>) -> Self {
         let mut counts: HashMap<&TaskRequest, f64> = HashMap::new();
         for (task, count) in tasks {
             *counts.entry(task).or_default() += count;
         }
-        let total: f64 = counts.values().sum();
-        let mut counts: Vec<(&TaskRequest, f64)> =
-            counts.into_iter().filter(|(_, count)| *count > 0.0).collect();
+        // Sums of floats depend on their order, which a hash map's is not.
+        let mut values: Vec<f64> = counts.values().copied().collect();
+        values.sort_by(f64::total_cmp);
+        let total: f64 = values.iter().sum();
+        let counts = counts.into_iter().filter(|(_, count)| *count > 0.0);
+        let mut all: Vec<Typical> =
+            counts.map(|(task, count)| Typical { task: task.clone(), weight: count / total }).collect();
         // The same order on every run: ties by the request itself.
-        counts.sort_by(|(one, first), (two, second)| {
-            second.total_cmp(first).then_with(|| order(two).cmp(&order(one)))
+        all.sort_by(|one, two| {
+            two.weight.total_cmp(&one.weight).then_with(|| order(&two.task).cmp(&order(&one.task)))
         });
-        let mut covered = 0.0;
-        let mut typical = Vec::new();
-        for (task, count) in counts {
-            if covered >= COVERED * total || typical.len() >= MOST_TYPICAL {
-                break;
-            }
-            covered += count;
-            typical.push(Typical { task: task.clone(), weight: count });
+        let (mut typical, mut covered) = (0, 0.0);
+        while typical < all.len().min(MOST_TYPICAL) && covered < COVERED - 1e-9 {
+            covered += all[typical].weight;
+            typical += 1;
         }
-        for one in &mut typical {
-            one.weight /= covered;
-        }
-        Self { typical }
+        Self { all, typical, covered }
+    }
+
+    /// The commonest kinds of tasks, which cover 95 %, with weights that add up to 1.
+    pub fn typical(&self) -> impl Iterator<Item = (&TaskRequest, f64)> {
+        self.all[..self.typical].iter().map(|one| (&one.task, one.weight / self.covered))
     }
 
     /// Without memory, hugepages and addresses, as the published measure has it; kinds that are the
     /// same then are one.
     #[must_use]
     pub fn processors_alone(&self) -> Self {
-        let strip = |task: &TaskRequest| TaskRequest {
-            amount: Amount { cpu_milli: task.amount.cpu_milli, ..Amount::default() },
-            gpus: task.gpus.clone(),
+        let strip = |one: &Typical| TaskRequest {
+            amount: Amount { cpu_milli: one.task.amount.cpu_milli, ..Amount::default() },
+            gpus: one.task.gpus.clone(),
         };
-        let tasks: Vec<(TaskRequest, f64)> =
-            self.typical.iter().map(|one| (strip(&one.task), one.weight)).collect();
-        let mut counts: Vec<Typical> = Vec::new();
-        for (task, weight) in tasks {
-            match counts.iter_mut().find(|one| one.task == task) {
-                Some(one) => one.weight += weight,
-                None => counts.push(Typical { task, weight }),
-            }
-        }
-        Self { typical: counts }
+        let tasks: Vec<(TaskRequest, f64)> = self.all.iter().map(|one| (strip(one), one.weight)).collect();
+        Self::of(tasks.iter().map(|(task, weight)| (task, *weight)))
     }
 }
 
@@ -145,10 +142,10 @@ mod tests {
     fn typical_tasks_cover_nearly_all_and_add_up() {
         let (common, rare) = (task(1000, 1), task(2000, 8));
         let demand = Demand::of([(&common, 96.0), (&rare, 4.0)]);
-        assert_eq!(demand.typical, [Typical { task: common.clone(), weight: 1.0 }]);
+        assert_eq!(demand.typical().collect::<Vec<_>>(), [(&common, 1.0)]);
         let demand = Demand::of([(&common, 90.0), (&rare, 10.0)]);
-        assert_eq!(demand.typical.len(), 2);
-        assert!((demand.typical.iter().map(|one| one.weight).sum::<f64>() - 1.0).abs() < 1e-12);
+        assert_eq!(demand.typical().count(), 2);
+        assert!((demand.typical().map(|(_, weight)| weight).sum::<f64>() - 1.0).abs() < 1e-12);
     }
 
     #[test]
@@ -160,12 +157,12 @@ mod tests {
                 demand = learner.demand();
             }
         }
-        assert_eq!(demand.typical.len(), 2);
+        assert_eq!(demand.typical().count(), 2);
         for _ in 0..60_000 {
             if learner.see(&task(7000, 2), 1.0) {
                 demand = learner.demand();
             }
         }
-        assert_eq!(demand.typical[0].task, task(7000, 2));
+        assert_eq!(demand.typical().next().unwrap().0, &task(7000, 2));
     }
 }

@@ -15,9 +15,16 @@ pub(super) struct Choices {
     count: usize,
     free: Vec<u8>,
     sizes: Vec<(u64, u8)>,
+    /// Devices in the same state are all offered, not only the first.
+    all: bool,
 }
 
 impl Choices {
+    /// With `all`, devices in the same state are all offered.
+    pub(super) fn new(all: bool) -> Self {
+        Self { all, ..Self::default() }
+    }
+
     /// The sets; a single empty one for tasks without GPUs.
     pub(super) fn sets(&self) -> impl Iterator<Item = &[GpuPlace]> {
         let none = (self.count == 0).then_some(&self.parts[..0]);
@@ -85,7 +92,8 @@ impl Choices {
             let left = free.gpus[usize::from(index)];
             // A part of a partition is not given away.
             let shared = gpu.partition.is_some_and(|partition| partition_size(node, partition) > 1);
-            let seen = self.free[..at].iter().any(|&other| {
+            let mut before = self.free[..at].iter().filter(|_| !self.all);
+            let seen = before.any(|&other| {
                 let other = usize::from(other);
                 free.gpus[other] == left && alike(&node.gpus[other], gpu)
             });

@@ -18,7 +18,7 @@
 use std::collections::HashMap;
 
 use super::cutting;
-use super::demand::{Demand, Typical};
+use super::demand::Demand;
 use crate::model::{Amount, Fold, Gpu, GpuFree, GpuRequest, Node, Profile, Share, Sharing, WHOLE};
 
 /// Part of the tasks that can use a rest, to this power, is the part of its worth that is in reach.
@@ -73,17 +73,32 @@ pub(super) struct Measure {
     prices: Prices,
     /// By kind of rest, for the state at hand: its state and what is in reach of its worth.
     rests: Vec<(GpuFree, f64)>,
+    /// The devices can be divided in different ways.
+    mixed: bool,
 }
 
 impl Measure {
     /// For a node's devices. `importance`: a task's weight in the first two measures is its part of the
-    /// demand times the GPUs of one task to that power.
+    /// demand times the GPUs of one task to that power. Tasks without GPUs count only in
+    /// [`Self::published`].
     pub(super) fn new(node: &Node, demand: &Demand, importance: f64, prices: Prices) -> Self {
+        Self::with(node, demand, importance, prices, 0.0)
+    }
+
+    /// The published measure: free GPUs are of no use for tasks without GPUs. That is the same for all
+    /// nodes, but makes growth smaller, and its truncation to integers coarser.
+    pub(super) fn published(node: &Node, demand: &Demand) -> Self {
+        let without = demand.typical().filter(|(task, _)| task.gpus.is_none());
+        let without = without.map(|(_, weight)| weight).sum();
+        Self::with(node, demand, 0.0, Prices::default(), without)
+    }
+
+    fn with(node: &Node, demand: &Demand, importance: f64, prices: Prices, without: f64) -> Self {
         let (mut classes, mut items): (Vec<Class>, Vec<Item>) = (Vec::new(), Vec::new());
-        let (mut total, mut never) = (0.0, 0.0);
-        for typical in &demand.typical {
-            let Some(request) = &typical.task.gpus else { continue };
-            let weight = typical.weight * gpus_of(request, &node.gpus).powf(importance);
+        let (mut total, mut never) = (without, without);
+        for (task, part) in demand.typical() {
+            let Some(request) = &task.gpus else { continue };
+            let weight = part * gpus_of(request, &node.gpus).powf(importance);
             total += weight;
             let accepted = (0..).zip(&node.gpus).filter(|(_, gpu)| request.accepts(gpu));
             let accepted = accepted.fold(0_u64, |bits, (at, _)| bits | 1_u64.checked_shl(at).unwrap_or(0));
@@ -97,18 +112,18 @@ impl Measure {
                 classes.push(Class { request: request.clone(), accepted, weight: 0.0, fitting: 0.0 });
                 classes.len() - 1
             });
-            classes[class].weight += typical.weight;
+            classes[class].weight += part;
             if accepted == 0 {
                 never += weight;
                 continue;
             }
             items.push(Item {
                 class,
-                amount: typical.task.amount,
-                per_cpu: 1.0 / typical.task.amount.cpu_milli.max(1) as f64,
-                per_byte: 1.0 / typical.task.amount.memory_bytes.max(1) as f64,
+                amount: task.amount,
+                per_cpu: 1.0 / task.amount.cpu_milli.max(1) as f64,
+                per_byte: 1.0 / task.amount.memory_bytes.max(1) as f64,
                 weight,
-                part: typical.weight,
+                part,
             });
         }
         let total = if total > 0.0 { total } else { 1.0 };
@@ -116,7 +131,8 @@ impl Measure {
             item.weight /= total;
         }
         let holds = vec![(0, 0.0); classes.len()];
-        Self { classes, items, holds, never: never / total, prices, rests: Vec::new() }
+        let mixed = node.gpus.iter().any(|gpu| gpu.sharing != node.gpus[0].sharing);
+        Self { classes, items, holds, never: never / total, prices, rests: Vec::new(), mixed }
     }
 
     /// Of this state of it.
@@ -161,8 +177,8 @@ impl Measure {
                 continue;
             }
             sum += worth;
-            // Devices of a node are mostly alike: what was found for one holds for the others.
-            if let Some((_, reach)) = self.rests.iter().find(|(other, _)| *other == rest) {
+            // Most devices of a node are alike: what was found for one holds for the others.
+            if let Some((_, reach)) = self.rests.iter().find(|(other, _)| *other == rest && !self.mixed) {
                 in_reach += reach;
                 continue;
             }
@@ -276,7 +292,7 @@ impl Prices {
 
 /// Shares that are asked for, with their parts of the demand.
 fn shares(demand: &Demand) -> impl Iterator<Item = (&Share, f64)> {
-    demand.typical.iter().filter_map(|Typical { task, weight }| Some((&task.gpus.as_ref()?.share, *weight)))
+    demand.typical().filter_map(|(task, weight)| Some((&task.gpus.as_ref()?.share, weight)))
 }
 
 /// How many MIG instances of one profile fit.
@@ -306,28 +322,37 @@ fn gpus_of(request: &GpuRequest, gpus: &[Gpu]) -> f64 {
 /// Nodes by their devices: those of one kind are measured by the same tables.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Kinds {
-    by_devices: HashMap<u64, u32>,
+    by_devices: HashMap<u64, Kind>,
     /// By node: its fingerprint when it was last looked at, and its kind.
-    nodes: Vec<(u64, u32)>,
+    nodes: Vec<(u64, Kind)>,
+}
+
+/// A kind of node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Kind {
+    /// Its number, from 0 on.
+    pub(super) number: u32,
+    /// Its devices are not all alike: it matters which of them is free.
+    pub(super) mixed: bool,
 }
 
 impl Kinds {
     /// The kind of a node, which has this fingerprint.
-    pub(super) fn of(&mut self, index: u32, node: &Node, fingerprint: u64) -> u32 {
+    pub(super) fn of(&mut self, index: u32, node: &Node, fingerprint: u64) -> Kind {
         let index = index as usize;
         if self.nodes.len() <= index {
-            self.nodes.resize(index + 1, (0, u32::MAX));
+            // No node has this fingerprint: it is that of nothing.
+            self.nodes.resize(index + 1, (!fingerprint, Kind::default()));
         }
         let (known, kind) = self.nodes[index];
-        if known == fingerprint && kind != u32::MAX {
+        if known == fingerprint {
             return kind;
         }
-        let devices = node
-            .gpus
-            .iter()
-            .fold(0, |hash, gpu| Fold::mix(hash, Fold::of(&(&gpu.model, gpu.memory_bytes, &gpu.sharing))));
-        let next = u32::try_from(self.by_devices.len()).unwrap_or(u32::MAX);
-        let kind = *self.by_devices.entry(devices).or_insert(next);
+        let print = |gpu: &Gpu| Fold::of(&(&gpu.model, gpu.memory_bytes, &gpu.sharing));
+        let devices = node.gpus.iter().fold(0, |hash, gpu| Fold::mix(hash, print(gpu)));
+        let mixed = node.gpus.iter().any(|gpu| print(gpu) != print(&node.gpus[0]));
+        let number = u32::try_from(self.by_devices.len()).unwrap_or(u32::MAX);
+        let kind = *self.by_devices.entry(devices).or_insert(Kind { number, mixed });
         self.nodes[index] = (fingerprint, kind);
         kind
     }

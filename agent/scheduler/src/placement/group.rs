@@ -8,7 +8,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use super::shape::Shape;
-use super::{Among, PlaceRequest, Placer, devices, locality};
+use super::{Among, PlaceRequest, Placer, Undo, devices, locality};
 use crate::model::{Cluster, Communication, Free, Node, Scope, TaskPlace};
 use crate::policy::Strategy;
 
@@ -122,10 +122,12 @@ impl Placer {
             }
         }
         let (_, places) = best?;
-        for (done, place) in places.iter().enumerate() {
-            // The room was there a moment ago; give all back if it is not, as a part is worth nothing.
+        let mut undo = Undo::default();
+        for place in &places {
+            undo.before(cluster, place.node);
+            // The room was there a moment ago; all goes back if it is not, as a part is worth nothing.
             if cluster.take(request.gang, place).is_err() {
-                places[..done].iter().for_each(|place| cluster.give(request.gang, place));
+                undo.all(cluster);
                 return None;
             }
         }
@@ -166,8 +168,8 @@ impl Placer {
         nodes: &[u32],
         group: &Group,
     ) -> Option<(f64, Vec<TaskPlace>)> {
-        let (places, spent) = self.place_tasks(cluster, table, request, Among::Nodes(nodes), group.switch)?;
-        places.iter().rev().for_each(|place| cluster.give(request.gang, place));
+        let among = Among::Nodes(nodes);
+        let (places, spent) = self.place_tasks(cluster, table, request, among, group.switch, true)?;
         let links = locality::links_cost(cluster, request.gang, &places);
         // A published strategy ranks in its own unit: links come first there.
         let cost = if self.strategy == Strategy::Balanced { spent + links } else { links + 1e-6 * spent };

@@ -22,7 +22,7 @@
 //! unequal sizes, where devices are given task by task.
 
 mod cutting;
-pub mod demand;
+mod demand;
 mod devices;
 mod diagnosis;
 mod filter;
@@ -35,14 +35,14 @@ mod shortage;
 
 use std::collections::HashMap;
 
-pub use demand::{Demand, Typical};
+pub use demand::Demand;
 pub use filter::{Span, eligible};
 pub use shortage::{Filtered, Shortage};
 
-use crate::model::{Cluster, Fold, Gang, Node, TaskPlace};
+use crate::model::{Cluster, Fold, Free, Gang, Node, TaskPlace};
 use crate::policy::Strategy;
 use devices::Choices;
-use score::{Ask, Largest, Score};
+use score::{Ask, Devices, Largest, Score};
 use shape::{Shape, Table};
 
 /// Shapes whose costs are kept: at 5,000 nodes one takes 160 KB.
@@ -81,6 +81,23 @@ pub struct Placer {
 enum Among<'a> {
     All,
     Nodes(&'a [u32]),
+}
+
+/// What was free of nodes before tasks were put there. Giving a task back is not the same: it does not
+/// tell which NUMA node a task took from that wanted none in particular.
+#[derive(Debug, Default)]
+struct Undo(Vec<(u32, Free)>);
+
+impl Undo {
+    fn before(&mut self, cluster: &Cluster, node: u32) {
+        if self.0.iter().all(|(known, _)| *known != node) {
+            self.0.push((node, cluster.free()[node as usize].clone()));
+        }
+    }
+
+    fn all(self, cluster: &mut Cluster) {
+        self.0.into_iter().for_each(|(node, free)| cluster.set_free(node, free));
+    }
 }
 
 /// Where the mix of what is asked for comes from.
@@ -136,16 +153,18 @@ impl Clone for Placer {
 impl Placer {
     /// For one strategy; `seed` decides what is left to chance.
     pub fn new(strategy: Strategy, seed: u64) -> Self {
+        let score = score::of(strategy);
+        let choices = Choices::new(score.devices() == Devices::Drawn);
         Self {
             strategy,
             seed,
             ties: Ties::Seeded,
-            score: score::of(strategy),
+            score,
             draws: 0,
             tables: Vec::new(),
             by_key: HashMap::new(),
             clock: 0,
-            choices: Choices::default(),
+            choices,
             nodes: 0,
             largest: Largest::default(),
             ranks: Vec::new(),
@@ -197,6 +216,14 @@ impl Placer {
         cluster: &mut Cluster,
         request: &PlaceRequest<'_>,
     ) -> Result<Vec<TaskPlace>, Shortage> {
+        match self.try_place(cluster, request) {
+            Some(places) => Ok(places),
+            None => Err(self.shortage(cluster, request)),
+        }
+    }
+
+    /// The same without a reason, which takes longer to find than a place.
+    pub fn try_place(&mut self, cluster: &mut Cluster, request: &PlaceRequest<'_>) -> Option<Vec<TaskPlace>> {
         self.look_at(cluster);
         let table = self.table(cluster, request.gang);
         let placed = if group::is_single(request) {
@@ -204,13 +231,10 @@ impl Placer {
         } else {
             self.place_group(cluster, table, request)
         };
-        match placed {
-            Some(places) => {
-                self.learn(request.gang, request.tasks);
-                Ok(places)
-            }
-            None => Err(self.shortage(cluster, request)),
+        if placed.is_some() {
+            self.learn(request.gang, request.tasks);
         }
+        placed
     }
 
     fn place_singly(
@@ -227,11 +251,12 @@ impl Placer {
                 return None;
             }
         }
-        Some(self.place_tasks(cluster, table, request, Among::All, None)?.0)
+        Some(self.place_tasks(cluster, table, request, Among::All, None, false)?.0)
     }
 
     /// Task after task onto the node where it costs least; with `switch` onto devices below that one.
-    /// The places, and what they cost together; none, and nothing changed, if not all fit.
+    /// The places, and what they cost together; none, and nothing changed, if not all fit. A trial changes
+    /// nothing either.
     fn place_tasks(
         &mut self,
         cluster: &mut Cluster,
@@ -239,8 +264,10 @@ impl Placer {
         request: &PlaceRequest<'_>,
         among: Among<'_>,
         switch: Option<Option<u8>>,
+        trial: bool,
     ) -> Option<(Vec<TaskPlace>, f64)> {
         let mut places: Vec<TaskPlace> = Vec::with_capacity(request.tasks as usize);
+        let mut undo = Undo::default();
         let mut spent = 0.0;
         for _ in 0..request.tasks {
             self.refresh(cluster, table, among);
@@ -248,14 +275,20 @@ impl Placer {
             let place = chosen.and_then(|node| {
                 let place = self.place_on(cluster, table, node, switch)?;
                 spent += self.tables[table].costs[node as usize];
+                if trial || request.tasks > 1 {
+                    undo.before(cluster, node);
+                }
                 cluster.take(request.gang, &place).ok()?;
                 Some(place)
             });
             let Some(place) = place else {
-                places.iter().rev().for_each(|place| cluster.give(request.gang, place));
+                undo.all(cluster);
                 return None;
             };
             places.push(place);
+        }
+        if trial {
+            undo.all(cluster);
         }
         if places.len() > 1 {
             locality::order_ranks(cluster, &mut places);
@@ -337,7 +370,7 @@ impl Placer {
                     taken: shape.taken,
                     largest: *largest,
                 };
-                best_devices(score.as_mut(), choices, &ask, shape, None, scale, None).map(|(cost, _)| cost)
+                best_devices(score.as_mut(), choices, &ask, shape, None, scale, 0).map(|(cost, _)| cost)
             },
         );
     }
@@ -363,7 +396,7 @@ impl Placer {
             largest: self.largest,
         };
         let scale = if self.strategy == Strategy::Balanced { 1.0 } else { TIE_BREAK };
-        let draw = self.score.draws_devices().then(|| Fold::mix(self.seed, !self.draws));
+        let draw = Fold::mix(self.seed, !self.draws);
         let (_, chosen) =
             best_devices(self.score.as_mut(), &mut self.choices, &ask, shape, switch, scale, draw)?;
         let gpus = self.choices.sets().nth(chosen)?.to_vec();
@@ -435,8 +468,9 @@ impl Placer {
         }
     }
 
-    /// Why it has no room: found once for gangs that ask for the same of the same cluster.
-    fn shortage(&mut self, cluster: &Cluster, request: &PlaceRequest<'_>) -> Shortage {
+    /// Why a gang that was found to have no room has none: found once for gangs that ask for the same of
+    /// the same cluster, if `admits_key` says what that is.
+    pub fn shortage(&mut self, cluster: &Cluster, request: &PlaceRequest<'_>) -> Shortage {
         let key = request.admits_key.map(|admits| {
             let gang = request.gang;
             let shape = Shape::key(gang, true);
@@ -467,9 +501,9 @@ pub fn fragmented_milli(cluster: &Cluster, demand: &Demand) -> f64 {
     let mut measures: Vec<fragmentation::Measure> = Vec::new();
     let mut sum = 0.0;
     for (index, (node, free)) in (0..).zip(cluster.nodes().iter().zip(cluster.free())) {
-        let kind = kinds.of(index, node, cluster.node_fingerprints()[index as usize]) as usize;
+        let kind = kinds.of(index, node, cluster.node_fingerprints()[index as usize]).number as usize;
         if measures.len() <= kind {
-            measures.push(fragmentation::Measure::new(node, &demand, 0.0, fragmentation::Prices::default()));
+            measures.push(fragmentation::Measure::published(node, &demand));
         }
         sum += measures[kind].of(&node.gpus, &free.amount, &free.gpus).stranded;
     }
@@ -479,8 +513,7 @@ pub fn fragmented_milli(cluster: &Cluster, demand: &Demand) -> f64 {
 /// Costs of parts that a published strategy does not know are scaled down to break its ties alone.
 const TIE_BREAK: f64 = 1e-9;
 
-/// The cost of the best devices of a node, and which set of `choices` they are. With `draw` the set is
-/// drawn among those of the same cost.
+/// The cost of the best devices of a node, and which set of `choices` they are.
 fn best_devices(
     score: &mut dyn Score,
     choices: &mut Choices,
@@ -488,17 +521,25 @@ fn best_devices(
     shape: &Shape,
     switch: Option<Option<u8>>,
     scale: f64,
-    draw: Option<u64>,
+    draw: u64,
 ) -> Option<(f64, usize)> {
     let admitted = ask.free.alone.is_empty() && shape.isolation != crate::model::Isolation::Node
         || ask.free.admits(shape.tenant.as_deref().unwrap_or(""), shape.isolation);
     if !ask.free.amount.fits(&shape.taken) || !admitted || !choices.find(ask.node, ask.free, shape, switch) {
         return None;
     }
+    let ties = score.devices();
     let mut best: Option<(f64, u64, usize)> = None;
     for (at, set) in choices.sets().enumerate() {
         let cost = score.cost(ask, set) + scale * locality::devices_cost(ask.node, set);
-        let rank = draw.map_or(at as u64, |draw| Fold::mix(draw, at as u64));
+        let rank = match ties {
+            Devices::First => at as u64,
+            Devices::Drawn => Fold::mix(draw, at as u64),
+            Devices::Tightest => {
+                let left = set.iter().map(|place| u64::from(ask.free.gpus[usize::from(place.index)].milli));
+                left.sum::<u64>() << 8 | at as u64
+            }
+        };
         if best.is_none_or(|(least, first, _)| cost < least || cost == least && rank < first) {
             best = Some((cost, rank, at));
         }

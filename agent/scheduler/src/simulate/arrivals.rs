@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::model::{Amount, Cluster, Gang, Gpu, GpuRequest, Node, Share, Sharing, Size, TaskRequest, WHOLE};
-use crate::placement::{Demand, Placer, Ties};
+use crate::placement::{Demand, PlaceRequest, Placer, Ties};
 use crate::policy::Strategy;
 
 /// Tasks are drawn again until this part of the GPUs was asked for.
@@ -91,7 +91,9 @@ pub fn arrivals(nodes: &[TraceNode], tasks: &[TraceTask], options: Options) -> O
     for index in order(tasks, capacity, options.seed) {
         asked += gpu_milli(&tasks[index]);
         outcome.arrived += 1;
-        if placer.place(&mut cluster, &gangs[index], 1, &|_| true).is_ok() {
+        let request =
+            PlaceRequest { gang: &gangs[index], tasks: 1, admits: &|_| true, admits_key: None, span: None };
+        if placer.try_place(&mut cluster, &request).is_some() {
             allocated += gpu_milli(&tasks[index]);
             outcome.placed += 1;
         }

@@ -13,14 +13,14 @@ pub fn folder() -> Option<PathBuf> {
 
 /// Nodes with GPUs.
 pub fn nodes() -> Vec<TraceNode> {
-    let file = folder().unwrap().join("openb_node_list_gpu_node.csv");
-    let text = std::fs::read_to_string(file).unwrap();
+    let file = folder().expect("as published").join("openb_node_list_gpu_node.csv");
+    let text = std::fs::read_to_string(file).expect("as published");
     let lines = text.lines().skip(1).map(|line| line.split(',').collect::<Vec<_>>());
     let node = |line: Vec<&str>| TraceNode {
         name: line[0].to_owned(),
-        cpu_milli: line[1].parse().unwrap(),
-        memory_mib: line[2].parse().unwrap(),
-        gpus: line[3].parse().unwrap(),
+        cpu_milli: line[1].parse().expect("as published"),
+        memory_mib: line[2].parse().expect("as published"),
+        gpus: line[3].parse().expect("as published"),
         model: line[4].to_owned(),
     };
     lines.map(node).collect()
@@ -28,16 +28,16 @@ pub fn nodes() -> Vec<TraceNode> {
 
 /// Tasks of one variation.
 pub fn tasks(variation: &str) -> Vec<TraceTask> {
-    let file = folder().unwrap().join(format!("openb_pod_list_{variation}.csv"));
-    let text = std::fs::read_to_string(file).unwrap();
+    let file = folder().expect("as published").join(format!("openb_pod_list_{variation}.csv"));
+    let text = std::fs::read_to_string(file).expect("as published");
     let lines = text.lines().skip(1).map(|line| line.split(',').collect::<Vec<_>>());
     let task = |line: Vec<&str>| {
         let models = line.get(5).copied().unwrap_or_default().split('|');
         TraceTask {
-            cpu_milli: line[1].parse().unwrap(),
-            memory_mib: line[2].parse().unwrap(),
-            gpus: line[3].parse().unwrap(),
-            gpu_milli: if line[3] == "0" { 0 } else { line[4].parse().unwrap() },
+            cpu_milli: line[1].parse().expect("as published"),
+            memory_mib: line[2].parse().expect("as published"),
+            gpus: line[3].parse().expect("as published"),
+            gpu_milli: if line[3] == "0" { 0 } else { line[4].parse().expect("as published") },
             models: models.filter(|model| !model.is_empty()).map(str::to_owned).collect(),
         }
     };
@@ -46,9 +46,10 @@ pub fn tasks(variation: &str) -> Vec<TraceTask> {
 
 /// Published mean at 100 % arrived.
 pub fn published(variation: &str, policy: &str) -> f64 {
-    let text = std::fs::read_to_string(folder().unwrap().join("expected_gpu_allocated.csv")).unwrap();
+    let text = std::fs::read_to_string(folder().expect("as published").join("expected_gpu_allocated.csv"))
+        .expect("as published");
     let line = text.lines().find(|line| {
         line.starts_with(&format!("openb_pod_list_{variation},")) && line.contains(&format!("-{policy},"))
     });
-    line.unwrap().split(',').nth(4).unwrap().parse().unwrap()
+    line.expect("as published").split(',').nth(4).expect("as published").parse().expect("as published")
 }

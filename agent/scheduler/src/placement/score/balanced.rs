@@ -61,8 +61,8 @@ impl Score for Balanced {
             return FIT * fit;
         }
         let kind = self.kinds.of(ask.index, ask.node, ask.node_print);
-        self.measure(kind as usize, ask.node);
-        let Some(Some(measure)) = self.measures.get_mut(kind as usize) else { return FIT * fit };
+        self.measure(kind.number as usize, ask.node);
+        let Some(Some(measure)) = self.measures.get_mut(kind.number as usize) else { return FIT * fit };
         let (before, after) = self.values.before_and_after(ask, kind, gpus, |amount, free| {
             let Fragments { stranded, starved, worth, reach } = measure.of(&ask.node.gpus, amount, free);
             STRANDED * stranded + STARVED * starved - worth - REACH * reach

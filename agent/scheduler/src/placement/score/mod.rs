@@ -72,13 +72,24 @@ pub(super) trait Score: Debug + Send + Sync {
         false
     }
 
-    /// Whether one of several devices of the same cost is drawn; the first is taken if not.
-    fn draws_devices(&self) -> bool {
-        false
+    /// Which of several devices of the same cost is taken.
+    fn devices(&self) -> Devices {
+        Devices::Tightest
     }
 
     /// A copy.
     fn boxed(&self) -> Box<dyn Score>;
+}
+
+/// Which of several devices of one node that cost the same is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Devices {
+    /// The first.
+    First,
+    /// One that is drawn.
+    Drawn,
+    /// The one with least left.
+    Tightest,
 }
 
 /// The score of a strategy.

@@ -4,9 +4,9 @@
 //! truncation to integers is part of the definitions: it makes ties, which somebody must break.
 
 use super::super::demand::Demand;
-use super::super::fragmentation::{Kinds, Measure, Prices};
+use super::super::fragmentation::{Kinds, Measure};
 use super::value::Values;
-use super::{Ask, Score};
+use super::{Ask, Devices, Score};
 use crate::model::{GpuPlace, Share};
 
 /// Thousandths of GPUs that a task takes.
@@ -23,8 +23,8 @@ impl Score for Random {
         0.0
     }
 
-    fn draws_devices(&self) -> bool {
-        true
+    fn devices(&self) -> Devices {
+        Devices::Drawn
     }
 
     fn boxed(&self) -> Box<dyn Score> {
@@ -151,11 +151,11 @@ pub(super) struct GradientDescent {
 impl Score for GradientDescent {
     fn cost(&mut self, ask: &Ask<'_>, gpus: &[GpuPlace]) -> f64 {
         let kind = self.kinds.of(ask.index, ask.node, ask.node_print);
-        if self.measures.len() <= kind as usize {
-            self.measures.resize(kind as usize + 1, None);
+        let number = kind.number as usize;
+        if self.measures.len() <= number {
+            self.measures.resize(number + 1, None);
         }
-        let measure = self.measures[kind as usize]
-            .get_or_insert_with(|| Measure::new(ask.node, &self.demand, 0.0, Prices::default()));
+        let measure = self.measures[number].get_or_insert_with(|| Measure::published(ask.node, &self.demand));
         let (before, after) = self.values.before_and_after(ask, kind, gpus, |amount, free| {
             measure.of(&ask.node.gpus, amount, free).stranded
         });
@@ -167,6 +167,10 @@ impl Score for GradientDescent {
         self.measures.clear();
         self.values.clear();
         true
+    }
+
+    fn devices(&self) -> Devices {
+        Devices::First
     }
 
     fn learns(&self) -> bool {

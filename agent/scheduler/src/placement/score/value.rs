@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use super::super::fragmentation::Kind;
 use super::Ask;
 use crate::model::{Amount, Fold, GpuFree, GpuPlace};
 
 /// More values than this are forgotten all at once: a bound on memory of about 100 MB.
 const MOST_VALUES: usize = 1 << 21;
 
-/// Values by state. States of nodes with the same kind of devices share them: in which order the
-/// devices are does not matter.
+/// Values by state. States of nodes with the same kind of devices share them; which of the devices is
+/// free does not matter where all are alike.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Values<T> {
     values: HashMap<u64, T, BuildHasherDefault<Same>>,
@@ -49,21 +50,25 @@ impl<T: Copy> Values<T> {
     pub(super) fn before_and_after(
         &mut self,
         ask: &Ask<'_>,
-        kind: u32,
+        kind: Kind,
         gpus: &[GpuPlace],
         mut value: impl FnMut(&Amount, &[GpuFree]) -> T,
     ) -> (T, T) {
         if self.values.len() > MOST_VALUES {
             self.values.clear();
         }
-        let devices = ask.free.gpus.iter().fold(0_u64, |sum, gpu| sum.wrapping_add(device(*gpu)));
+        let number = |at: usize| if kind.mixed { at } else { 0 };
+        let all = ask.free.gpus.iter().enumerate();
+        let devices = all.fold(0_u64, |sum, (at, gpu)| sum.wrapping_add(device(*gpu, number(at))));
         let key = state(kind, &ask.free.amount, devices);
         let before = *self.values.entry(key).or_insert_with(|| value(&ask.free.amount, &ask.free.gpus));
         let amount = ask.free.amount.less(&ask.taken);
         let mut changed = devices;
         for place in gpus {
-            let free = ask.free.gpus[usize::from(place.index)];
-            changed = changed.wrapping_sub(device(free)).wrapping_add(device(without(free, place.part)));
+            let at = usize::from(place.index);
+            let (free, number) = (ask.free.gpus[at], number(at));
+            changed = changed.wrapping_sub(device(free, number));
+            changed = changed.wrapping_add(device(without(free, place.part), number));
         }
         let key = state(kind, &amount, changed);
         if let Some(after) = self.values.get(&key) {
@@ -91,13 +96,14 @@ pub(super) fn without(free: GpuFree, part: GpuFree) -> GpuFree {
 }
 
 #[inline]
-fn device(free: GpuFree) -> u64 {
-    Fold::mix(u64::from(free.milli) | u64::from(free.slots) << 16 | u64::from(free.compute) << 24, 7)
+fn device(free: GpuFree, number: usize) -> u64 {
+    let state = u64::from(free.milli) | u64::from(free.slots) << 16 | u64::from(free.compute) << 24;
+    Fold::mix(state, number as u64)
 }
 
 #[inline]
-fn state(kind: u32, amount: &Amount, devices: u64) -> u64 {
+fn state(kind: Kind, amount: &Amount, devices: u64) -> u64 {
     let amounts = Fold::mix(amount.cpu_milli, amount.memory_bytes.rotate_left(17) ^ amount.hugepage_bytes);
     // Addresses matter to no value but when they are gone.
-    Fold::mix(amounts ^ u64::from(amount.sandboxes == 0), devices ^ (u64::from(kind) << 32))
+    Fold::mix(amounts ^ u64::from(amount.sandboxes == 0), devices ^ (u64::from(kind.number) << 32))
 }
