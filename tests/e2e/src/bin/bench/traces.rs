@@ -60,9 +60,9 @@ pub fn run() -> anyhow::Result<Vec<Record>> {
 }
 
 fn folder() -> Option<PathBuf> {
-    let named = std::env::var_os("LATHE_SHARED_DATA").map(PathBuf::from);
-    let beside = ["shared/data", "../shared/data"].map(|path| artefacts::repository().join(path));
-    named.into_iter().chain(beside).find(|path| path.join("philly").is_dir())
+    let beside = || ["shared/data", "../shared/data"].map(|path| artefacts::repository().join(path)).to_vec();
+    let folders = std::env::var_os("LATHE_SHARED_DATA").map_or_else(beside, |named| vec![named.into()]);
+    folders.into_iter().find(|path| path.join("philly").is_dir())
 }
 
 /// CSV files of a folder whose names begin so, in the order of their names.
