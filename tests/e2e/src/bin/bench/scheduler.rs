@@ -54,10 +54,10 @@ pub fn run() -> anyhow::Result<Vec<Record>> {
 pub fn print(records: &[Record]) {
     let own: Vec<Record> =
         records.iter().filter(|record| !record.metric.contains(traces::MARK)).cloned().collect();
-    println!("{:<40}{:<28}{:>14}{:>14}{:>14}", "METRIC", "CASE", "VALUE", "SMALLEST", "LARGEST");
+    println!("{:<44}{:<28}{:>14}{:>14}{:>14}", "METRIC", "CASE", "VALUE", "SMALLEST", "LARGEST");
     for Record { metric, subject, value, unit, range, .. } in &own {
         let metric = format!("{metric} ({unit})");
-        println!("{metric:<40}{subject:<28}{value:>14.2}{:>14.2}{:>14.2}", range[0], range[1]);
+        println!("{metric:<44}{subject:<28}{value:>14.2}{:>14.2}{:>14.2}", range[0], range[1]);
     }
     traces::print(records);
 }
