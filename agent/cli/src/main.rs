@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use commands::{cluster, dataset, doctor, gpu, image, job, node, token, vm, vm_control, vm_device};
+use commands::{cluster, dataset, doctor, gpu, image, job, node, simulate, token, vm, vm_control, vm_device};
 use context::Connection;
 use exit::Exit;
 use lathe_api::client::ClientError;
@@ -63,6 +63,7 @@ enum Command {
     /// MicroVMs on this machine, without a cluster.
     #[command(subcommand)]
     Vm(VmCommand),
+    Simulate(Box<simulate::SimulateArgs>),
     /// What this machine can do, and what to do about what it cannot.
     Doctor,
     /// Print a completion script for a shell, to be sourced from its start file.
@@ -98,6 +99,7 @@ async fn main() -> ExitCode {
 async fn run(cli: Cli) -> anyhow::Result<Exit> {
     let format = if cli.json { Format::Json } else { Format::Table };
     match cli.command {
+        Command::Simulate(args) => simulate::run(&args, format),
         Command::Doctor => doctor::run(format),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "lathe", &mut std::io::stdout());

@@ -1,188 +1,210 @@
 //! What the planner decides, and why it leaves the rest waiting.
 
 use std::fmt;
+use std::sync::Arc;
 
 use lathe_api::MemorySize;
-use lathe_api::job::IsolationClass;
 
-use crate::snapshot::Capacity;
+use crate::model::{Gang, TaskPlace};
+pub use crate::placement::Shortage;
 
-/// Every gang of the input is in exactly one of the two, in the input's order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// See the module. Every pending gang of the input is either in `starts` or in `waiting`.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Gangs to start.
-    pub placements: Vec<Placement>,
+    pub starts: Vec<Start>,
+    /// Running gangs to stop and put back into the queue.
+    pub preemptions: Vec<Preemption>,
+    /// Running elastic gangs to give other sizes.
+    pub resizes: Vec<Resize>,
     /// Gangs that wait.
     pub waiting: Vec<Waiting>,
 }
 
-/// A gang and the node of each rank.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Placement {
+/// A gang to start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Start {
     /// The gang.
+    pub gang: Arc<Gang>,
+    /// Where each task goes, by rank. Ranks of one node are consecutive.
+    pub tasks: Vec<TaskPlace>,
+    /// Why there and why now, one line.
+    pub why: String,
+}
+
+/// A running gang to stop: the caller marks it as stopping, or it may be another one in the next
+/// cycle.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Preemption {
+    /// Which.
     pub gang: String,
-    /// The node's name for each rank, from rank 0. Ranks of one node are consecutive.
-    pub nodes: Vec<String>,
+    /// The gang that gets its room; none when its node is drained.
+    pub for_gang: Option<String>,
+    /// Why, one line.
+    pub why: String,
+}
+
+/// A running gang to give another size. What comes is taken on the cluster already, as with starts;
+/// what goes is there until the caller takes it away, and is said in each cycle until then.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resize {
+    /// Which.
+    pub gang: String,
+    /// Ranks that go.
+    pub remove: Vec<u32>,
+    /// Where tasks that come go.
+    pub add: Vec<TaskPlace>,
+    /// Why, one line.
+    pub why: String,
 }
 
 /// A gang that waits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Waiting {
     /// The gang.
     pub gang: String,
-    /// The dominant reason.
+    /// The dominant reason. Its text does not change while only time passes.
     pub reason: Reason,
+    /// When it will start, if what runs ends when it should. Known for the gangs that room is held
+    /// for, which are the next ones.
+    pub expected_ms: Option<u64>,
+    /// The gang whose end makes that room, if one's.
+    pub after: Option<String>,
 }
 
 /// Why a gang waits; displayed as one line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// Behind an [`Arc`] where it is long: of ten thousand gangs that wait, most wait for the same.
+#[derive(Clone, Debug, PartialEq)]
 pub enum Reason {
-    /// There is no node at all.
-    NoNodes,
-    /// No node supports the class.
-    NoNodeForClass {
-        /// The class.
-        class: IsolationClass,
-        /// What nodes say about it, as `node: problem`.
-        problems: Vec<String>,
-    },
-    /// No node has as many usable GPUs as one task needs, whatever runs.
-    NoNodeForGpus {
-        /// By each task.
-        needed: u32,
-        /// On the node of the class that has most.
-        most: u32,
-        /// What nodes say about GPUs that cannot be used, as `node: problem`.
-        problems: Vec<String>,
-    },
-    /// It does not fit even on empty nodes.
-    LargerThanCluster {
-        /// The gang's size.
-        tasks: u32,
-        /// Each task's size.
-        task: Capacity,
-        /// How many such tasks the nodes hold when empty.
-        holds: u32,
-    },
-    /// No node has as many free GPUs as one task needs.
-    GpusOnOneNode {
-        /// By each task.
-        needed: u32,
-        /// On the node of the class that has most.
-        most: u32,
-    },
-    /// Too few GPUs are free.
-    Gpus {
-        /// In all.
-        needed: u64,
-        /// On nodes of the class.
-        free: u64,
-    },
-    /// Too few CPUs are free.
-    Cpus {
-        /// In all.
-        needed: u64,
-        /// On nodes of the class.
-        free: u64,
-    },
-    /// Too little memory is free.
-    Memory {
-        /// In all, bytes.
-        needed: u64,
-        /// On nodes of the class, bytes.
-        free: u64,
-    },
-    /// Enough is free in sum, but not in pieces of a task's size.
-    Fragmented {
-        /// The gang's size.
-        tasks: u32,
-        /// Each task's size.
-        task: Capacity,
-        /// How many such tasks fit now.
-        fit: u32,
-    },
-    /// An earlier gang waits.
+    /// There is no room for it now, or never.
+    Shortage(Arc<Shortage>),
+    /// There would be room, but it is held for an earlier gang, which this one would delay.
     Behind {
         /// That gang.
         gang: String,
     },
+    /// A limit is used up.
+    Limit(Arc<LimitReached>),
+    /// Other gangs are being stopped or made smaller for it, and will make room.
+    MakingRoom {
+        /// They; the first few.
+        gangs: Vec<String>,
+    },
+    /// Its pool is not one of the cluster's.
+    NoPool {
+        /// The name.
+        pool: String,
+    },
+    /// Its turn did not come: too many different gangs before it found no room.
+    Unseen,
+    /// It runs already: it can start again only when that is gone.
+    RunsStill,
+}
+
+/// A limit that leaves too little for a gang.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitReached {
+    /// The tenant whose limit it is; the pool's own otherwise.
+    pub tenant: Option<String>,
+    /// The pool that it holds in.
+    pub pool: String,
+    /// Of what.
+    pub resource: Resource,
+    /// The limit.
+    pub limit: u64,
+    /// What is in use.
+    pub used: u64,
+    /// What the gang needs.
+    pub needed: u64,
+}
+
+/// What a share is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Resource {
+    /// GPUs, in thousandths.
+    Gpus,
+    /// CPUs, in thousandths.
+    Cpus,
+    /// Memory, bytes.
+    Memory,
+    /// Memory in hugepages, bytes.
+    Hugepages,
+    /// Sandboxes.
+    Sandboxes,
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoNodes => f.write_str("no node is ready"),
-            Self::NoNodeForClass { class, problems } => {
-                write!(f, "no ready node runs class {}", class_name(*class))?;
-                if problems.is_empty() { Ok(()) } else { write!(f, ": {}", problems.join("; ")) }
+            Self::Shortage(shortage) => shortage.fmt(f),
+            Self::Behind { gang } => write!(f, "behind job {gang}, for which the room is held"),
+            Self::Limit(limit) => limit.fmt(f),
+            Self::MakingRoom { gangs } => {
+                let s = if gangs.len() == 1 { "" } else { "s" };
+                write!(f, "gets the room of job{s} {}, told to make it", gangs.join(", "))
             }
-            Self::NoNodeForGpus { needed, most, problems } => {
-                write!(f, "needs {}, the most that a ready node can give is {most}", Gpus(*needed))?;
-                if problems.is_empty() { Ok(()) } else { write!(f, ": {}", problems.join("; ")) }
+            Self::NoPool { pool } => write!(f, "there is no pool {pool:?}: see `lathe pool list`"),
+            Self::Unseen => {
+                f.write_str("its turn has not come: many different jobs before it wait for room, too")
             }
-            Self::GpusOnOneNode { needed, most } => {
-                write!(f, "needs {}, the largest number free on one node is {most}", Gpus(*needed))
+            Self::RunsStill => {
+                f.write_str("its tasks from before run still: it starts again when they are gone")
             }
-            Self::Gpus { needed, free } => {
-                write!(f, "needs {needed} GPUs in total across nodes; {free} are free")
-            }
-            Self::LargerThanCluster { tasks, task, holds } => write!(
-                f,
-                "larger than the whole cluster: needs {}, the ready nodes hold {holds} of them when empty; \
-                 waits until nodes are added",
-                Tasks(*tasks, *task),
-            ),
-            Self::Cpus { needed, free } => {
-                write!(f, "needs {needed} CPUs in total across nodes; {free} are free")
-            }
-            Self::Memory { needed, free } => write!(
-                f,
-                "needs {} of memory in total across nodes; {} are free",
-                MemorySize::from_bytes(*needed),
-                // Whole MiB: the exact byte count of a node's free memory is noise here.
-                MemorySize::from_mib(*free >> 20),
-            ),
-            Self::Fragmented { tasks, task, fit } => {
-                write!(
-                    f,
-                    "needs room for {}; only {fit} of them fit beside what runs now",
-                    Tasks(*tasks, *task)
-                )
-            }
-            Self::Behind { gang } => write!(f, "behind job {gang}, which came first"),
         }
     }
 }
 
-struct Tasks(u32, Capacity);
-
-impl fmt::Display for Tasks {
+impl fmt::Display for LimitReached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plural = |count: u32| if count == 1 { "" } else { "s" };
-        let Self(tasks, task) = self;
-        let memory = MemorySize::from_bytes(task.memory_bytes);
-        let (cpus, gpus) = (task.cpus, task.gpus);
-        write!(f, "{tasks} task{} of {cpus} CPU{}", plural(*tasks), plural(cpus))?;
-        match gpus {
-            0 => write!(f, " and {memory}"),
-            _ => write!(f, ", {memory} and {}", Gpus(gpus)),
+        match &self.tenant {
+            Some(tenant) => write!(f, "tenant {tenant}'s limit of ")?,
+            None => f.write_str("the limit of ")?,
+        }
+        let amount = |value| Quantity(self.resource, value);
+        write!(f, "{} in pool {} ", amount(self.limit), self.pool)?;
+        if self.needed > self.limit {
+            write!(f, "is less than the {} it needs: raise the limit, or ask for less", amount(self.needed))
+        } else if self.used >= self.limit {
+            write!(f, "is used up: {} in use", Number(self.resource, self.used))
+        } else {
+            write!(
+                f,
+                "leaves too little: {} in use, {} needed",
+                Number(self.resource, self.used),
+                Number(self.resource, self.needed)
+            )
         }
     }
 }
 
-struct Gpus(u32);
+struct Number(Resource, u64);
 
-impl fmt::Display for Gpus {
+impl fmt::Display for Number {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} GPU{}", self.0, if self.0 == 1 { "" } else { "s" })
+        match self.0 {
+            Resource::Gpus | Resource::Cpus => write!(f, "{}", self.1 as f64 / 1000.0),
+            Resource::Memory | Resource::Hugepages => MemorySize::from_bytes(self.1).fmt(f),
+            Resource::Sandboxes => self.1.fmt(f),
+        }
     }
 }
 
-/// The class as users write it.
-fn class_name(class: IsolationClass) -> &'static str {
-    match class {
-        IsolationClass::Microvm => "microvm",
-        IsolationClass::Unikernel => "unikernel",
-        IsolationClass::Container => "container",
+struct Quantity(Resource, u64);
+
+impl fmt::Display for Quantity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (one, many) = match self.0 {
+            Resource::Gpus => (" GPU", " GPUs"),
+            Resource::Cpus => (" CPU", " CPUs"),
+            Resource::Memory => (" of memory", " of memory"),
+            Resource::Hugepages => (" of hugepages", " of hugepages"),
+            Resource::Sandboxes => (" task", " tasks"),
+        };
+        let single = match self.0 {
+            Resource::Gpus | Resource::Cpus => self.1 == 1000,
+            _ => self.1 == 1,
+        };
+        write!(f, "{}{}", Number(self.0, self.1), if single { one } else { many })
     }
 }

@@ -2,7 +2,7 @@
 //! reasons that say what is missing.
 
 use lathe_api::job::IsolationClass::{self, Container, Microvm};
-use lathe_scheduler::{Capacity, Gang, Node, Plan, Policy, Reason, plan};
+use lathe_scheduler::old::{Capacity, Gang, Node, Plan, Policy, Reason, plan};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;

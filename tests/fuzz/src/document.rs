@@ -1,6 +1,9 @@
 //! What callers write.
 
+use std::collections::HashSet;
+
 use lathe_api::job::JobSpec;
+use lathe_scheduler::simulate::trace::{self, Work};
 use lathe_vmm::config::VmConfig;
 
 /// A machine's description: what is accepted can be written down and is accepted again.
@@ -21,5 +24,36 @@ pub fn job_spec(bytes: &[u8]) {
         let written = serde_json::to_string(&spec).expect("a job can be written");
         let again: JobSpec = serde_json::from_str(&written).expect("what was written can be read");
         assert_eq!(serde_json::to_string(&again).expect("a job can be written"), written);
+    }
+}
+
+/// Lists of nodes, pods and jobs for the simulator: refused in one line, or within the planner's bounds.
+pub fn cluster_trace(bytes: &[u8]) {
+    match trace::nodes("file", bytes) {
+        Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+        Ok(nodes) => {
+            let names: HashSet<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+            assert_eq!(names.len(), nodes.len());
+            assert!(nodes.iter().all(|node| node.gpus.len() <= 64));
+        }
+    }
+    match trace::work("file", bytes) {
+        Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+        Ok(Work::Pods(pods)) => {
+            for pod in pods {
+                assert!((0.0..=64.0).contains(&pod.gpus()));
+                assert!(pod.lifetime_ms.is_none_or(|(_, duration)| duration > 0));
+            }
+        }
+        Ok(Work::Jobs(jobs)) => {
+            for job in jobs {
+                for per_node in [1, 8, 64] {
+                    let gang = job.gang(per_node);
+                    assert_eq!(gang.tasks.max * gang.task.gpu_count(), job.gpus);
+                    assert_eq!(gang.tasks.min * gang.task.gpu_count(), job.min_gpus);
+                    assert!(gang.tasks.min >= 1 && gang.task.gpu_count() <= per_node);
+                }
+            }
+        }
     }
 }

@@ -90,4 +90,5 @@ survives!(
     csv_dataset,
     vm_json,
     job_spec,
+    cluster_trace,
 );

@@ -7,6 +7,7 @@ pub mod gpu;
 pub mod image;
 pub mod job;
 pub mod node;
+pub mod simulate;
 pub mod token;
 pub mod upload;
 pub mod vm;

@@ -7,7 +7,7 @@ use lathe_api::gpu::{GpuHealth, GpuState, Severity};
 use lathe_api::job::{JobState, TaskState};
 use lathe_api::node::{Inventory, NodeState};
 use lathe_api::sandbox::Desired;
-use lathe_scheduler::{Capacity, Gang, Node, Placement, Policy};
+use lathe_scheduler::old::{Capacity, Gang, Node, Placement, Policy};
 
 use crate::coordinator::Coordinator;
 use crate::network::{SANDBOXES_PER_NODE, free_address};
@@ -33,7 +33,7 @@ pub(super) async fn place(coordinator: &Coordinator) -> Result<(), StoreError> {
     pending.sort_by_key(|(_, record)| record.value.sequence);
     let gangs: Vec<Gang> = pending.iter().map(|(id, record)| gang(id, &record.value)).collect();
     let nodes = snapshot(coordinator, &listing)?;
-    let plan = lathe_scheduler::plan(&nodes, &gangs, Policy::FirstComeFirstServed);
+    let plan = lathe_scheduler::old::plan(&nodes, &gangs, Policy::FirstComeFirstServed);
 
     let mut jobs: HashMap<String, Versioned<JobRecord>> = pending.into_iter().collect();
     for placement in &plan.placements {

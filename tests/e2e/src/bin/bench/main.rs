@@ -2,11 +2,14 @@
 //! `{"metric", "subject", "value", "unit"}`. Peers run in the same host in the same run.
 //!
 //! Times are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
-//! percent on any machine, and count instructions rather than cache misses or device latency.
+//! percent on any machine, and count instructions rather than cache misses or device latency; those of
+//! the scheduler are CPU time of one thread of this machine.
 
 mod boot;
 mod qemu;
 mod record;
+mod scheduler;
+mod traces;
 mod vfio;
 
 use std::process::ExitCode;
@@ -28,7 +31,8 @@ fn run() -> anyhow::Result<()> {
     let (records, print): (_, fn(&[record::Record])) = match name.as_str() {
         "boot" => (boot::run()?, record::print),
         "vfio" => (vfio::run()?, vfio::print),
-        _ => bail!("no benchmark {name:?}; there are boot and vfio"),
+        "scheduler" => (scheduler::run()?, scheduler::print),
+        _ => bail!("no benchmark {name:?}; there are boot, vfio and scheduler"),
     };
     print(&records);
     let path = record::write(&name, &records)?;

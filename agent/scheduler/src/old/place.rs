@@ -3,8 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::plan::Reason;
-use crate::snapshot::{Capacity, Gang, Node};
+use super::plan::Reason;
+use super::snapshot::{Capacity, Gang, Node};
 
 /// Why the gang cannot be placed even on empty nodes; none if it can.
 pub(crate) fn impossible(nodes: &[Node], gang: &Gang) -> Option<Reason> {
