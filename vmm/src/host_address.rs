@@ -34,6 +34,11 @@ impl HostPciAddress {
     pub const fn function(self) -> u8 {
         self.function
     }
+
+    /// Whether both are functions of one device.
+    pub fn shares_device(self, other: Self) -> bool {
+        (self.domain, self.bus, self.device) == (other.domain, other.bus, other.device)
+    }
 }
 
 /// An address that could not be read.

@@ -39,6 +39,8 @@ pub mod numa;
 #[cfg(feature = "monitor")]
 pub mod pci;
 #[cfg(feature = "monitor")]
+mod ranges;
+#[cfg(feature = "monitor")]
 pub mod run;
 #[cfg(feature = "monitor")]
 pub mod vfio;

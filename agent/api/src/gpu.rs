@@ -194,7 +194,7 @@ pub struct NvmlInfo {
     /// What the driver wants done; absent with drivers that do not say (before 570).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery_action: Option<RecoveryAction>,
-    /// The last Xid in the kernel log since the GPU was last reset.
+    /// The gravest Xid in the kernel log since the GPU was last reset, the last one of those that ask for the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_xid: Option<u32>,
     /// A reading, absent in reports.

@@ -101,6 +101,11 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     read().map_err(FileError::io("read", path))
 }
 
+/// The last component that a link points to: for the link `driver` of a device, its driver.
+pub fn link_name(link: &Path) -> Option<String> {
+    fs::read_link(link).ok()?.file_name()?.to_str().map(str::to_owned)
+}
+
 /// Removes a file or a directory tree; that it is not there is success.
 ///
 /// # Errors

@@ -13,6 +13,7 @@
 //! | [`gpus`] | takes GPUs from the host's drivers for sandboxes, and gives them back clean |
 //! | `cgroup` | limits, and the end of everything in a sandbox |
 //! | `inventory` | what the host has, and what it can run |
+//! | `pci` | what the kernel's files say of PCI functions |
 //! | [`identity`] | the node's key and certificate |
 //! | `shipping`, `metrics` | output and figures on their way out |
 //! | [`manual`] | one sandbox by hand, without a cluster |
@@ -32,6 +33,7 @@ pub mod manual;
 mod metrics;
 mod network;
 pub mod paths;
+mod pci;
 mod reconcile;
 pub mod reset;
 mod sandbox;

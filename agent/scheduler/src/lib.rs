@@ -7,7 +7,7 @@
 //! - [`queue`]: the order of gangs: policies, shares, estimates.
 //! - [`planner`]: which gang goes next, what is held back for it, what is stopped for it.
 //! - [`plan`]: what comes out, reasons included.
-//! - [`simulate`]: the planner in virtual time, over traces of real clusters.
+//! - [`simulate`]: the same in virtual time, over traces of real clusters.
 //!
 //! No I/O, no clock, no randomness but what a seed gives: the same input gives the same plan, so the
 //! coordinator, tests and simulations all mean the same thing by it. The plan is optimistic: whoever

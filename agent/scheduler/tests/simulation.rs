@@ -110,6 +110,67 @@ fn failures_lose_what_no_checkpoint_holds_and_all_jobs_are_done() {
     );
 }
 
+/// Two of priority 1 hold both GPUs when one of priority 2 comes at 100 s: one is stopped, and goes on
+/// later with what its checkpoint holds.
+#[test]
+fn who_is_stopped_goes_on_from_its_checkpoint() {
+    let stopped = |grace_ms, checkpoint_ms| {
+        let mut list = jobs(&[(0, 1000, 1), (0, 1000, 1), (100, 200, 1)]);
+        for (job, priority) in list.iter_mut().zip([1, 1, 2]) {
+            let gang = Arc::make_mut(&mut job.gang);
+            (gang.priority, gang.preemptible, gang.grace_ms) = (priority, priority == 1, grace_ms);
+        }
+        let mut options = Options { checkpoint_ms, ..options(Queue::Priority, Backfill::None) };
+        options.policy.pools[0].preemption = true;
+        let outcome = simulate(equal_nodes(1, 2), list, options);
+        let stopped_ms: f64 = if grace_ms > 0 { grace_ms as f64 * 1000.0 } else { 0.0 };
+        conserved(&outcome, stopped_ms);
+        let late = outcome.jobs.iter().filter_map(|job| job.ended_ms).max().expect("an end");
+        (outcome.preemptions, outcome.jobs[2].started_ms, late, outcome.lost_gpu_ms)
+    };
+    // It starts when the checkpoint is written, and the other goes on when it ends.
+    assert_eq!(stopped(30_000, None), (1, Some(130_000), 130_000 + 200_000 + 900_000, 0.0));
+    assert_eq!(stopped(0, None), (1, Some(100_000), 300_000 + 1_000_000, 100_000.0));
+    assert_eq!(stopped(0, Some(30_000)), (1, Some(100_000), 300_000 + 910_000, 10_000.0));
+}
+
+/// An elastic job has all four GPUs, gives up two when another comes, and gets them back.
+#[test]
+fn an_elastic_job_works_as_fast_as_it_is_large() {
+    let mut list = jobs(&[(0, 1000, 4), (100, 200, 2)]);
+    let gang = Arc::make_mut(&mut list[0].gang);
+    gang.tasks.min = 2;
+    let mut options = options(Queue::FirstComeFirstServed, Backfill::None);
+    options.policy.pools[0].preemption = true;
+    let outcome = simulate(equal_nodes(1, 4), list, options);
+    assert_eq!((outcome.preemptions, outcome.resizes), (0, 2));
+    assert_eq!(outcome.jobs[1].ended_ms, Some(300_000));
+    // 100 s with four, 200 s with two, and the rest with four again.
+    assert_eq!(outcome.jobs[0].ended_ms, Some(300_000 + 800_000));
+    conserved(&outcome, 0.0);
+}
+
+/// The example that backfill is explained with (Feitelson and Weil, "Utilization and predictability in
+/// scheduling the IBM SP2 with backfilling", IPPS'98): the first that waits gets a reservation; a short one goes
+/// before it, and one that would delay it does not, but for GPUs that the reservation leaves over.
+#[test]
+fn easy_fills_what_the_first_that_waits_leaves() {
+    let list = [(0, 100, 6), (1, 100, 8), (2, 50, 2), (3, 200, 2), (4, 90, 2)];
+    let run = |backfill| {
+        let outcome =
+            simulate(equal_nodes(1, 8), jobs(&list), options(Queue::FirstComeFirstServed, backfill));
+        starts_s(&outcome)
+    };
+    assert_eq!(run(Backfill::None), [0, 100, 200, 200, 200]);
+    // The second gets all at 100. The third ends before, the fourth does not, the fifth has no time left.
+    assert_eq!(run(Backfill::Easy), [0, 100, 2, 200, 200]);
+    // Six of eight are the second's: the fourth may go on beside it.
+    let list = [(0, 100, 6), (1, 100, 6), (2, 50, 2), (3, 200, 2), (4, 90, 2)];
+    let outcome =
+        simulate(equal_nodes(1, 8), jobs(&list), options(Queue::FirstComeFirstServed, Backfill::Easy));
+    assert_eq!(starts_s(&outcome), [0, 100, 2, 52, 200]);
+}
+
 #[test]
 fn what_never_fits_does_not_stop_time() {
     let outcome = simulate(

@@ -1,6 +1,7 @@
 //! Machines with passed-through devices, without a cluster: binding through sysfs, `lathe-vmm`, and what
 //! `device-test` prints in the guest.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -15,6 +16,10 @@ pub const SOCKET: &str = "/t/api";
 
 /// Where the output of the machine that was started last goes, its guest's console included.
 const LOG: &str = "/t/vm.log";
+
+/// Both of the kernel's interfaces to VFIO, as `vfio.backend` has them. A host of
+/// [`KernelFlavour::Iommufd`](lathe_testbed::KernelFlavour) offers both.
+pub const BACKENDS: [&str; 2] = ["container", "iommufd"];
 
 /// A host with the VMM, `lathe`, `device-test` and a guest that drives devices.
 ///
@@ -129,7 +134,23 @@ impl Machine {
         Ok(ended)
     }
 
-    /// Starts it with the control API on [`SOCKET`].
+    /// Runs it, which the VMM has to refuse before a guest runs: exit status 2, one line with all of `words`, and
+    /// each of the host's functions with the driver that it had.
+    ///
+    /// # Errors
+    /// When any of it is otherwise.
+    pub fn refused(&self, host: &Host, words: &[&str]) -> anyhow::Result<()> {
+        let before = drivers(host)?;
+        let ended = self.run(host)?;
+        one_line(&ended.stderr(), words)?;
+        let text = ended.text();
+        ensure!(ended.0.status == Status::Exited(2) && text.is_empty(), "{:?}: {text}", ended.0.status);
+        let after = drivers(host)?;
+        ensure!(after == before, "drivers were {before:?} and are {after:?}");
+        Ok(())
+    }
+
+    /// Starts it with the control API on [`SOCKET`], and waits for that.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -138,7 +159,12 @@ impl Machine {
         // What the machine before said must not be taken for this one's words.
         host.shell(&format!("rm -f {LOG} {SOCKET}"))?;
         let argv = ["lathe-vmm", "--config", "/t/vm.json", "--api-socket", SOCKET];
-        Ok(Running { host, process: host.spawn(argv, LOG)? })
+        let running = Running { host, process: host.spawn(argv, LOG)? };
+        until("the control API", PATIENCE, || {
+            let there = host.exec(["test", "-S", SOCKET])?.status.success();
+            Ok((there || running.has_ended()?).then_some(()))
+        })?;
+        Ok(running)
     }
 }
 
@@ -158,11 +184,51 @@ impl Ended {
         String::from_utf8_lossy(&self.0.stderr).trim().to_owned()
     }
 
+    /// Nothing is said where the devices reach each other, as `container` has it. In the IOMMU of iommufd device
+    /// memory takes Linux 6.19: before, devices do without, and that is said once.
+    ///
+    /// # Errors
+    /// With what was said instead.
+    pub fn check_peers(&self, backend: &str) -> anyhow::Result<()> {
+        let said = self.stderr();
+        if backend == "iommufd" {
+            return one_line(&said, &["not each other: iommufd cannot map"]);
+        }
+        ensure!(said.is_empty(), "{said}");
+        Ok(())
+    }
+
     /// The lines that start with this word, without it.
     #[must_use]
     pub fn lines(&self, word: &str) -> Vec<String> {
         lines(&self.text(), word)
     }
+}
+
+/// The driver of each function of the host that has one, to be compared.
+fn drivers(host: &Host) -> anyhow::Result<BTreeMap<String, String>> {
+    let script = "for d in /sys/bus/pci/devices/*; do
+        echo ${d##*/} $(basename $(readlink $d/driver) 2>/dev/null)
+    done";
+    let text = host.shell(script)?;
+    Ok(text.lines().filter_map(|line| line.split_once(' ')).map(|(a, d)| (a.into(), d.into())).collect())
+}
+
+/// A request that must not be granted: another exit status than 0, and one line with all of `words`.
+///
+/// # Errors
+/// When any of it is otherwise.
+pub fn turned_down(output: &Output, words: &[&str]) -> anyhow::Result<()> {
+    ensure!(!output.status.success(), "{}", output.text());
+    one_line(String::from_utf8_lossy(&output.stderr).trim(), words)
+}
+
+fn one_line(text: &str, words: &[&str]) -> anyhow::Result<()> {
+    ensure!(text.lines().count() == 1, "not one line: {text}");
+    for word in words {
+        ensure!(text.contains(word), "{word:?} is not in: {text}");
+    }
+    Ok(())
 }
 
 fn lines(text: &str, word: &str) -> Vec<String> {

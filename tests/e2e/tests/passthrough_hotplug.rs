@@ -3,10 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
-
 use lathe_e2e::leftovers;
-use lathe_e2e::passthrough::{self, Machine, Running, bind, pinned_pages, unbind};
+use lathe_e2e::passthrough::{self, Machine, Running, bind, pinned_pages, turned_down};
 use lathe_e2e::wait::{PATIENCE, until};
 use lathe_testbed::{Bed, Device, DeviceKind, Host, Output, Status};
 use serde_json::json;
@@ -42,7 +40,6 @@ fn devices_come_and_go_and_what_is_refused_changes_nothing() {
     let before = (leftovers::census(&host).unwrap(), pinned_pages(&host).unwrap());
 
     mistakes_in_a_description(&host);
-    one_group(&host);
     plugged_and_unplugged(&host);
     torn_out_of_the_host(&host);
 
@@ -50,27 +47,10 @@ fn devices_come_and_go_and_what_is_refused_changes_nothing() {
     assert_eq!((left, pinned_pages(&host).unwrap()), (Vec::new(), before.1));
 }
 
-/// The driver of each function, to be compared.
-fn drivers(host: &Host) -> BTreeMap<String, String> {
-    let script = "for d in /sys/bus/pci/devices/*; do
-        echo ${d##*/} $(basename $(readlink $d/driver) 2>/dev/null)
-    done";
-    let text = host.shell(script).unwrap();
-    text.lines().filter_map(|line| line.split_once(' ')).map(|(a, d)| (a.into(), d.into())).collect()
-}
-
-/// Ended before a guest ran, with one line that has all of these words.
-fn assert_refused(host: &Host, machine: &Machine, words: &[&str]) {
-    let before = drivers(host);
-    let ended = machine.run(host).unwrap();
-    assert_one_line(&ended.stderr(), words);
-    assert_eq!((ended.0.status, ended.text().as_str()), (Status::Exited(2), ""));
-    assert_eq!(drivers(host), before);
-}
-
 fn mistakes_in_a_description(host: &Host) {
     let refused = |devices: &[&str], words: &[&str]| {
-        assert_refused(host, &Machine::new("tree", devices), &[&["passthrough["], words].concat());
+        let words = [&["passthrough["], words].concat();
+        Machine::new("tree", devices).refused(host, &words).unwrap();
     };
     refused(&["0000:99:00.0"], &["[0].address: 0000:99:00.0", "no such PCI function"]);
     refused(&[BRIDGE], &[BRIDGE, "is a bridge"]);
@@ -80,48 +60,11 @@ fn mistakes_in_a_description(host: &Host) {
     refused(&[EDU, EDU], &[EDU]);
     // On the root bus, which cannot be reset.
     bind(host, &[NO_RESET]).unwrap();
-    let words = [NO_RESET, "cannot be reset: it has no reset of its own"];
-    assert_refused(host, &Machine::new("tree", &[NO_RESET]), &words);
+    refused(&[NO_RESET], &["[0].address", NO_RESET, "cannot be reset: it has no reset of its own"]);
     bind(host, &[SHARING]).unwrap();
     refused(&[SHARING], &[SHARING, "shares IOMMU group", CARD, "(driver e1000e)"]);
     let iommufd = Machine::new("tree", &[EDU]).backend("iommufd");
-    assert_refused(host, &iommufd, &["vfio.backend", "CONFIG_IOMMUFD", "use container"]);
-}
-
-/// Devices of one group are one machine's. One that has no reset of its own is reset by its bus, which takes its
-/// neighbour along: not while that is in use.
-fn one_group(host: &Host) {
-    bind(host, &[CARD]).unwrap();
-    let both = Machine::new("tree,edu", &[SHARING, CARD]);
-    // A driver of the host's on the bridge keeps the group as well.
-    let words = [SHARING, "shares IOMMU group", BRIDGE, "(driver shpchp)", "take the driver from the bridge"];
-    assert_refused(host, &both, &words);
-    unbind(host, BRIDGE).unwrap();
-    let ended = both.check(host).unwrap();
-    assert_eq!(ended.lines("edu_factorial").len(), 3);
-    insta::assert_snapshot!("tree_of_one_group", ended.lines("tree").join("\n"));
-
-    let machine = Machine::new("edu-loop lathe.rounds=1", &[CARD]).with("hotplug_slots", json!(1));
-    let mut running = machine.start(host).unwrap();
-    until("the machine runs", PATIENCE, || Ok((running.devices()?.len() == 1).then_some(()))).unwrap();
-    let answer = ["0000:06:01.0: cannot be reset", "its bus has functions"];
-    assert_answer(&running.device("plug", &[SHARING]).unwrap(), &answer);
-    assert_eq!(running.devices().unwrap().len(), 1);
-    host.check(["lathe", "vm", "control", "kill", passthrough::SOCKET]).unwrap();
-    assert_eq!(running.process.wait(PATIENCE).unwrap(), Some(Status::Exited(12)));
-}
-
-/// Answered with one line with all of these words, and another exit status than 0.
-fn assert_answer(output: &Output, words: &[&str]) {
-    assert!(!output.status.success(), "{}", output.text());
-    assert_one_line(String::from_utf8_lossy(&output.stderr).trim(), words);
-}
-
-fn assert_one_line(text: &str, words: &[&str]) {
-    assert_eq!(text.lines().count(), 1, "{text}");
-    for word in words {
-        assert!(text.contains(word), "{word:?} is not in: {text}");
-    }
+    iommufd.refused(host, &["vfio.backend", "CONFIG_IOMMUFD", "use container"]).unwrap();
 }
 
 fn assert_done(output: &Output) {
@@ -168,12 +111,12 @@ fn mistakes_while_it_runs(host: &Host, running: &Running) {
         (&[LOOSE, "--id", "edu"][..], &["\"edu\"", "is there already"][..]),
         (&[LOOSE], &["no free hotplug slot", "hotplug_slots: 1"]),
     ] {
-        assert_answer(&running.device("plug", words).unwrap(), answer);
+        turned_down(&running.device("plug", words).unwrap(), answer).unwrap();
     }
-    assert_answer(&running.device("unplug", &["nobody"]).unwrap(), &["\"nobody\"", "is not the ID"]);
+    let unknown = running.device("unplug", &["nobody"]).unwrap();
+    turned_down(&unknown, &["\"nobody\"", "is not the ID"]).unwrap();
     assert_eq!(running.devices().unwrap(), devices);
-    let other = Machine::new("tree", &[EDU]);
-    assert_refused(host, &other, &[EDU, "is in use by another process"]);
+    Machine::new("tree", &[EDU]).refused(host, &[EDU, "is in use by another process"]).unwrap();
 }
 
 /// A card that somebody pulls out of the host: the guest sees the same, and goes on.
@@ -190,7 +133,11 @@ fn torn_out_of_the_host(host: &Host) {
     })
     .unwrap();
     let absent = running.device("plug", &[LOOSE]).unwrap();
-    assert_answer(&absent, &["address", LOOSE, "no such PCI function"]);
+    turned_down(&absent, &["address", LOOSE, "no such PCI function"]).unwrap();
+    let text = running.text().unwrap();
+    let said: Vec<_> = text.lines().filter(|line| line.starts_with("lathe-vmm: ")).collect();
+    let lost = format!("lathe-vmm: device d0: {LOOSE}: it answers no more: pulled out of the host");
+    assert!(said.len() == 1 && said[0].starts_with(&lost), "{text}");
     // The machine goes on: another device works.
     assert_done(&running.device("plug", &[EDU, "--id", "edu"]).unwrap());
     running.wait_for("plugged", 2).unwrap();

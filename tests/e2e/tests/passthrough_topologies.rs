@@ -1,10 +1,10 @@
 //! Root ports, switches and NUMA nodes of hosts as guests see them, which libraries that move data between devices
-//! plan their routes by.
+//! plan their routes by; the same by both of the kernel's interfaces.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use lathe_e2e::passthrough::{self, Machine, bind};
-use lathe_testbed::{Bed, Device, DeviceKind, Host};
+use lathe_e2e::passthrough::{self, BACKENDS, Machine, bind};
+use lathe_testbed::{Bed, Device, DeviceKind, Host, KernelFlavour};
 use serde_json::{Value, json};
 
 fn edu() -> Device {
@@ -39,6 +39,7 @@ fn a_board_with_two_sockets_four_switches_and_eight_devices() {
     let switch = || Device::root_port(Device::switch([edu(), edu()]));
     let description = passthrough::host()
         .unwrap()
+        .kernel_flavour(KernelFlavour::Iommufd)
         .numa_node(1, 1536)
         .numa_node(1, 1536)
         .device(Device::expander_bridge(64, Some(0), [switch(), switch()]))
@@ -46,20 +47,24 @@ fn a_board_with_two_sockets_four_switches_and_eight_devices() {
     let host = bed.boot(description).unwrap();
     let devices = edus(&host);
     assert_eq!(devices.len(), 8);
-    let machine = Machine::new("tree,edu lathe.pin=off", &references(&devices));
-    let ended = machine.clone().with("numa", two_nodes()).check(&host).unwrap();
+    for backend in BACKENDS {
+        guests_of_the_board(&host, backend, &devices);
+    }
+}
+
+fn guests_of_the_board(host: &Host, backend: &str, devices: &[String]) {
+    let machine = Machine::new("tree,edu lathe.pin=off", &references(devices)).backend(backend);
+    let ended = machine.clone().with("numa", two_nodes()).check(host).unwrap();
     insta::assert_snapshot!("eight_devices_two_nodes", ended.lines("tree").join("\n"));
     assert_eq!(ended.lines("edu_dma_interrupt"), ["msi"]);
-    assert_eq!(ended.stderr(), "");
+    ended.check_peers(backend).unwrap();
 
     // A guest without nodes has them all on one root complex; one with a single socket's has those alone.
-    let ended = machine.check(&host).unwrap();
+    let ended = machine.check(host).unwrap();
     insta::assert_snapshot!("eight_devices_no_nodes", ended.lines("tree").join("\n"));
-    let second = Machine::new("tree,edu lathe.pin=off", &references(&devices[4..])).with("numa", two_nodes());
-    insta::assert_snapshot!(
-        "the_second_sockets_devices",
-        second.check(&host).unwrap().lines("tree").join("\n")
-    );
+    let second = Machine::new("tree,edu lathe.pin=off", &references(&devices[4..])).backend(backend);
+    let ended = second.with("numa", two_nodes()).check(host).unwrap();
+    insta::assert_snapshot!("the_second_sockets_devices", ended.lines("tree").join("\n"));
 }
 
 #[test]
@@ -67,6 +72,7 @@ fn switches_below_switches_and_devices_on_the_root_complex() {
     let bed = Bed::new().unwrap();
     let description = passthrough::host()
         .unwrap()
+        .kernel_flavour(KernelFlavour::Iommufd)
         .device(Device::root_port(Device::switch([edu(), Device::switch([edu(), edu()])])))
         .device(Device::root_port(Device::pci_bridge([edu()])))
         .device(Device::root_port(edu()));
@@ -77,7 +83,10 @@ fn switches_below_switches_and_devices_on_the_root_complex() {
     let devices = edus(&host);
     assert_eq!(devices.len(), 5);
     let machine = Machine::new("tree,edu", &references(&devices)).with("hotplug_slots", json!(2));
-    let ended = machine.check(&host).unwrap();
-    insta::assert_snapshot!("cascaded_switches_a_bridge_and_slots", ended.lines("tree").join("\n"));
-    assert_eq!(ended.lines("edu_dma_interrupt"), ["msi"]);
+    for backend in BACKENDS {
+        let ended = machine.clone().backend(backend).check(&host).unwrap();
+        insta::assert_snapshot!("cascaded_switches_a_bridge_and_slots", ended.lines("tree").join("\n"));
+        assert_eq!(ended.lines("edu_dma_interrupt"), ["msi"]);
+        ended.check_peers(backend).unwrap();
+    }
 }

@@ -11,15 +11,16 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lathe_vmm::bus::Bus;
-use lathe_vmm::hypervisor::{Hypervisor, LevelInterrupt, MsiMessage, MsiVector, PassthroughHypervisor};
+use lathe_vmm::hypervisor::{Hypervisor, LevelInterrupt, MsiVector, PassthroughHypervisor};
+use lathe_vmm::pci::capabilities;
 use lathe_vmm::pci::root::{ECAM_BUS_SIZE, PciRoot, SharedPciDevice, Windows};
-use lathe_vmm::vfio::capabilities;
 use lathe_vmm::vfio::config::VirtualConfig;
 use lathe_vmm::vfio::device::VfioPci;
 use lathe_vmm::vfio::function::{FunctionParts, HostFunction, InterruptCounts, InterruptKind, Region};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::input::Input;
+use crate::virtio::Vector;
 
 const ECAM: u64 = 0xe000_0000;
 /// Where 00:01.0 has its configuration space.
@@ -106,22 +107,6 @@ impl HostFunction for Function {
 struct Slots {
     slots: Mutex<BTreeMap<u64, (u64, u32)>>,
     next: Mutex<u32>,
-}
-
-struct Vector(EventFd);
-
-impl MsiVector for Vector {
-    fn route(&self, _message: MsiMessage) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn mask(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn eventfd(&self) -> &EventFd {
-        &self.0
-    }
 }
 
 struct Line([EventFd; 2]);

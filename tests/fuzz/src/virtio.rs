@@ -42,7 +42,7 @@ fn rings(queue: u16) -> [u64; 3] {
 }
 
 /// A vector whose routes are believed.
-struct Vector(EventFd);
+pub(crate) struct Vector(pub(crate) EventFd);
 
 impl MsiVector for Vector {
     fn route(&self, _: MsiMessage) -> io::Result<()> {

@@ -148,7 +148,8 @@ pub enum DescriptionError {
     },
     /// Nodes are parts of the whole.
     #[error(
-        "host {name}: its NUMA nodes have {cpus} CPUs and {memory_mib} MiB together, the host {of_cpus} and {of_memory_mib}"
+        "host {name}: its NUMA nodes have {cpus} CPUs and {memory_mib} MiB together, the host {of_cpus} and \
+         {of_memory_mib}"
     )]
     Numa {
         /// The host.

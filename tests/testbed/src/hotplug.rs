@@ -19,10 +19,13 @@ const SETTLING: Duration = Duration::from_secs(2);
 /// (PCIe 6.0 §7.5.3.2, §7.5.3.10).
 const SLOT_IMPLEMENTED: (usize, u8) = (3, 1);
 const SLOT_CONTROL: usize = 0x18;
-/// Bits of Slot Control: Hot-Plug Interrupt Enable, Power Controller off, and that with the Power Indicator off.
+/// Bits of Slot Control: Hot-Plug Interrupt Enable, the Power Indicator on and off, Power Controller off, and that with
+/// the indicator off.
 const INTERRUPT: u16 = 0x0020;
+const INDICATOR_ON: u16 = 0x0100;
+const INDICATOR_OFF: u16 = 0x0300;
 const POWER_CUT: u16 = 0x0400;
-const POWER_OFF: u16 = POWER_CUT | 0x0300;
+const POWER_OFF: u16 = POWER_CUT | INDICATOR_OFF;
 
 impl Host {
     /// Plugs a device of QEMU's into a port, both by QEMU's names; `id` is the name of the new device.
@@ -80,6 +83,27 @@ impl Host {
     /// # Errors
     /// When the host is off, there is no such device, or no slot above it.
     pub fn tear_out(&self, address: &str) -> Result<(), Error> {
+        // QEMU takes a card away whose slot has no power. The port's driver is to find power there and no card,
+        // as of a card torn out; it hears of that with the second write.
+        let writes = |control| vec![(control | POWER_OFF) & !INTERRUPT, control & !POWER_CUT];
+        self.write_slot_control(address, writes)
+    }
+
+    /// Cuts the power of a device's slot, or turns it on again: a device that hangs. It stays in the host's list,
+    /// and answers nothing, until the power is back; then it is as after a cold reset, and the host has to remove
+    /// it and look for it again.
+    ///
+    /// # Errors
+    /// When the host is off, there is no such device, or no slot above it.
+    pub fn power_slot(&self, address: &str, on: bool) -> Result<(), Error> {
+        // With the indicator off it would be a card taken out.
+        let lit = |control: u16| control & !INDICATOR_OFF | INDICATOR_ON;
+        let write = |control| if on { lit(control) & !POWER_CUT } else { lit(control) | POWER_CUT };
+        self.write_slot_control(address, |control| vec![write(control)])
+    }
+
+    /// Writes to Slot Control of the port above a device, one after the other, what `values` makes of its content.
+    fn write_slot_control(&self, address: &str, values: impl Fn(u16) -> Vec<u16>) -> Result<(), Error> {
         let device = format!("/sys/bus/pci/devices/{address}");
         let port = self.shell(&format!("dirname $(readlink -f {device})"))?;
         let config = format!("{}/config", port.trim());
@@ -88,17 +112,14 @@ impl Host {
         let at = slot_control(&registers).ok_or_else(no_slot)?;
         let control =
             registers.get(at..at + 2).and_then(|bytes| bytes.try_into().ok()).map(u16::from_le_bytes);
-        let control = control.ok_or_else(no_slot)?;
-        // QEMU takes a card away whose slot has no power. The port's driver is to find power there and no card,
-        // as of a card torn out; it hears of that with the second write.
-        let writes = [(control | POWER_OFF) & !INTERRUPT, control & !POWER_CUT];
         let write = |value: u16| {
             let [low, high] = value.to_le_bytes();
             // Capabilities are at multiples of four.
             let half = at / 2;
             format!("printf '\\{low:03o}\\{high:03o}' | dd of={config} bs=2 seek={half} conv=notrunc")
         };
-        self.shell(&writes.map(write).join(" && ")).map(drop)
+        let writes: Vec<_> = values(control.ok_or_else(no_slot)?).into_iter().map(write).collect();
+        self.shell(&writes.join(" && ")).map(drop)
     }
 
     fn still_there(&self, device: &str) -> Error {

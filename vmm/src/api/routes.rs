@@ -145,8 +145,8 @@ async fn kill(machine: Machine) -> StatusCode {
 
 /// The passed-through devices.
 #[utoipa::path(get, path = "/v1/vm/devices", responses((status = 200, body = Vec<DeviceView>)))]
-async fn list_devices(machine: Machine) -> Json<Vec<DeviceView>> {
-    Json(machine.passthrough().devices())
+async fn list_devices(machine: Machine) -> Result<Json<Vec<DeviceView>>, Problem> {
+    Ok(Json(apart(move || machine.passthrough().devices()).await?))
 }
 
 /// Plugs a device of the host into a free slot of the running guest.
@@ -160,10 +160,8 @@ async fn plug_device(
     body: Result<Json<PassthroughConfig>, JsonRejection>,
 ) -> Result<(StatusCode, Json<DeviceView>), Problem> {
     let Json(config) = body.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.body_text()))?;
-    // Mapping guest memory takes seconds on large machines.
-    let plugged = tokio::task::spawn_blocking(move || machine.passthrough().plug(config)).await;
-    let view = plugged.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
-    Ok((StatusCode::CREATED, Json(view.map_err(plug_problem)?)))
+    let plugged = apart(move || machine.passthrough().plug(config)).await?;
+    Ok((StatusCode::CREATED, Json(plugged.map_err(plug_problem)?)))
 }
 
 /// How a device is taken out.
@@ -193,10 +191,15 @@ async fn unplug_device(
         let passthrough = machine.passthrough();
         if surprise { passthrough.surprise_remove(&id) } else { passthrough.request_unplug(&id) }
     };
-    let done = tokio::task::spawn_blocking(act).await;
-    done.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?
-        .map_err(plug_problem)?;
+    apart(act).await?.map_err(plug_problem)?;
     Ok(if surprise { StatusCode::NO_CONTENT } else { StatusCode::ACCEPTED })
+}
+
+/// Does what waits for passed-through devices on a thread of its own. Whoever plugs one has them for seconds, where the
+/// memory of a large machine is mapped; meanwhile others are served, who may want to end it.
+async fn apart<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+    let done = tokio::task::spawn_blocking(act).await;
+    done.map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
 fn plug_problem(error: PlugError) -> Problem {
@@ -211,8 +214,9 @@ fn plug_problem(error: PlugError) -> Problem {
 
 /// Counters as Prometheus text.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain", body = String)))]
-async fn show_metrics(machine: Machine) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics::render(&machine)).into_response()
+async fn show_metrics(machine: Machine) -> Result<Response, Problem> {
+    let text = apart(move || metrics::render(&machine)).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
 /// This document.

@@ -109,7 +109,11 @@ impl ApiSocket {
 }
 
 fn serve(listener: UnixListener, machine: Arc<Controls>, stopped: oneshot::Receiver<()>) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    // A request that waits for devices has a thread of its own, which is not kept for the next: a VMM that nobody asks
+    // has none.
+    const KEEP_ALIVE: Duration = Duration::from_millis(100);
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_io().enable_time().thread_keep_alive(KEEP_ALIVE).build()?;
     runtime.block_on(async {
         let listener = tokio::net::UnixListener::from_std(listener)?;
         axum::serve(listener, router(machine))

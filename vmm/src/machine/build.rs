@@ -18,7 +18,7 @@ use crate::arch::native::{acpi, cpuid::CpuIdTemplate, layout, linux, pvh};
 use crate::boot::{self, LoadError, LoadedKernel};
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice, lock};
 use crate::config::{ConsoleConfig, VmConfig};
-use crate::devices::{KeyboardController, PanicNotifier, PowerRegisters, Serial};
+use crate::devices::{ConsoleOutput, KeyboardController, PanicNotifier, PowerRegisters, Serial};
 use crate::exit::ExitReason;
 use crate::hypervisor::Hypervisor;
 use crate::kvm::{Buses, KvmError, KvmHypervisor, Vcpu, VcpuControl, Vm};
@@ -28,7 +28,6 @@ use crate::pci::root::PciError;
 use crate::pci::sysfs::SysfsError;
 use crate::vfio::VfioError;
 use crate::vfio::passthrough::{Context, Opened};
-
 use crate::virtio::transport::TransportError;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
@@ -110,6 +109,19 @@ pub(super) struct SerialPort {
     pub(super) drained: Option<EventFd>,
 }
 
+impl SerialPort {
+    fn new(pin: EventFd, output: ConsoleOutput, input: bool) -> Result<Self, MachineError> {
+        let (device, drained) = if input {
+            let (device, drained) =
+                Serial::with_input(pin, output).map_err(MachineError::host("the serial port"))?;
+            (device, Some(drained))
+        } else {
+            (Serial::new(pin, output), None)
+        };
+        Ok(Self { device: Arc::new(Mutex::new(device)), drained })
+    }
+}
+
 /// A machine whose guest has not run yet.
 pub struct Machine {
     config: VmConfig,
@@ -171,15 +183,7 @@ impl Machine {
 
         let pin = |gsi| hypervisor.pin(gsi).map_err(MachineError::host("an interrupt pin"));
         let power_button = pin(layout::EVENT_GSI)?;
-        let output_only = config.serial != ConsoleConfig::Stdio;
-        let serial = if output_only {
-            let device = Serial::new(pin(layout::COM1_GSI)?, serial);
-            SerialPort { device: Arc::new(Mutex::new(device)), drained: None }
-        } else {
-            let (device, drained) = Serial::with_input(pin(layout::COM1_GSI)?, serial)
-                .map_err(MachineError::host("the serial port"))?;
-            SerialPort { device: Arc::new(Mutex::new(device)), drained: Some(drained) }
-        };
+        let serial = SerialPort::new(pin(layout::COM1_GSI)?, serial, config.serial == ConsoleConfig::Stdio)?;
         add_platform(&buses.ports, &serial, &ending)?;
         let hypervisor: Arc<dyn Hypervisor> = hypervisor;
         let devices = VirtioDevices::attach(devices, &memory, &hypervisor, &pci)?;

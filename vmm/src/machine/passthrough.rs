@@ -20,6 +20,7 @@ use crate::pci::root::{PciRoot, SharedPciDevice};
 use crate::vfio::VfioError;
 use crate::vfio::host::HostDevice;
 use crate::vfio::passthrough::{AttachTimes, Context, Device, Opened};
+use crate::vfio::reset::Resettable;
 
 /// A device that could not be plugged or unplugged.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,9 @@ pub struct DeviceView {
     pub peer_to_peer: bool,
 }
 
+/// Why a device is taken from the guest that answers no more, whatever the kernel signalled.
+const LOST: &str = "it answers no more: pulled out of the host, off, or hung";
+
 /// What is counted for a device and the stages of attaching it.
 #[derive(Clone, Debug)]
 pub struct DeviceStatistics {
@@ -67,11 +71,19 @@ pub struct DeviceStatistics {
     pub interrupts: [(&'static str, u64); 3],
 }
 
+#[derive(Default)]
 struct State {
     opened: Option<Opened>,
-    /// What the host signals about each device.
-    watched: BTreeMap<String, Watched>,
     times: AttachTimes,
+    noted: Noted,
+}
+
+/// What is kept of devices beside themselves.
+#[derive(Default)]
+struct Noted {
+    /// What the host signals about each one that is there.
+    watched: BTreeMap<String, Watched>,
+    /// Resets before the guest got them, of those that have gone too.
     resets: BTreeMap<&'static str, u64>,
 }
 
@@ -105,16 +117,13 @@ impl Passthrough {
     ) -> Result<Arc<Self>, PlugError> {
         let wanted = opened.is_some() || hotplug_slots > 0;
         let times = opened.as_ref().map(Opened::times).unwrap_or_default();
-        let state = State { opened: None, watched: BTreeMap::new(), times, resets: BTreeMap::new() };
-        let changed = EventFd::new(EFD_NONBLOCK).map_err(PlugError::Watch)?;
-        let this = Arc::new(Self { context, root, hotplug_slots, state: Mutex::new(state), changed });
-        {
-            let mut state = lock(&this.state);
-            for device in opened.iter().flat_map(Opened::devices) {
-                state.watch(device).map_err(PlugError::Watch)?;
-            }
-            state.opened = opened;
+        let mut noted = Noted::default();
+        for device in opened.iter().flat_map(Opened::devices) {
+            noted.add(device).map_err(PlugError::Watch)?;
         }
+        let state = Mutex::new(State { opened, times, noted });
+        let changed = EventFd::new(EFD_NONBLOCK).map_err(PlugError::Watch)?;
+        let this = Arc::new(Self { context, root, hotplug_slots, state, changed });
         if wanted {
             let release = lock(&this.root).release_event().map_err(PlugError::Watch)?;
             let changed = this.changed.try_clone().map_err(PlugError::Watch)?;
@@ -159,7 +168,7 @@ impl Passthrough {
 
     /// Resets by method.
     pub fn resets(&self) -> Vec<(&'static str, u64)> {
-        lock(&self.state).resets.iter().map(|(method, count)| (*method, *count)).collect()
+        lock(&self.state).noted.resets.iter().map(|(method, count)| (*method, *count)).collect()
     }
 
     /// Plugs a device into a free slot.
@@ -172,12 +181,12 @@ impl Passthrough {
         if state.opened.iter().flat_map(Opened::devices).any(|device| device.config.id == config.id) {
             return Err(VfioError::Exists(config.id).into());
         }
-        let slots = lock(&self.root).slots();
-        let free = slots.iter().filter(|slot| !slot.occupied).map(|slot| slot.number).next();
-        let slot = free.ok_or(VfioError::NoSlot(self.hotplug_slots))?;
+        if lock(&self.root).slots().iter().all(|slot| slot.occupied) {
+            return Err(VfioError::NoSlot(self.hotplug_slots).into());
+        }
         let host = HostDevice::find(config.address, "address")?;
         let id = config.id.clone();
-        let result = self.open_and_insert(&mut state, config, host, slot);
+        let result = self.open_and_insert(&mut state, config, host);
         if result.is_err() {
             state.give_back(&id);
         }
@@ -189,30 +198,16 @@ impl Passthrough {
         state: &mut State,
         config: PassthroughConfig,
         host: HostDevice,
-        slot: u16,
     ) -> Result<DeviceView, PlugError> {
-        let id = config.id.clone();
-        match &mut state.opened {
-            Some(opened) => {
-                opened.plug(config, host)?;
-            }
-            // The first device brings the address space along: guest memory is mapped now.
-            none => {
-                if let Some(mut opened) = Opened::new(&self.context, vec![(config, host)])? {
-                    opened.map()?;
-                    *none = Some(opened);
-                }
-            }
-        }
-        let State { opened: Some(opened), watched, times, resets } = state else {
-            return Err(VfioError::NoSuchDevice(id).into());
-        };
-        *times = opened.times();
-        let Some(device) = opened.devices().last() else { return Err(VfioError::NoSuchDevice(id).into()) };
-        *resets.entry(device.reset.method.name()).or_default() += 1;
-        watched.insert(id, Watched::new(device).map_err(PlugError::Watch)?);
+        let missing = VfioError::NoSuchDevice(config.id.clone());
+        state.open(&self.context, config, host)?;
+        let opened = state.opened.as_ref();
+        let found = opened.and_then(|opened| Some((opened, opened.devices().last()?)));
+        let (opened, device) = found.ok_or(missing)?;
+        let functions = vec![(0, named(device))];
         let mut root = lock(&self.root);
-        root.plug(slot, vec![(0, named(device))])?;
+        let slot = root.slot_for(&functions)?.ok_or(VfioError::NoSlot(self.hotplug_slots))?;
+        root.plug(slot, functions)?;
         wire_pin(&root, device);
         let view = view(&root, opened, device);
         drop(root);
@@ -254,7 +249,7 @@ impl Passthrough {
     pub(super) fn stop(&self) {
         let opened = {
             let mut state = lock(&self.state);
-            state.watched.clear();
+            state.noted.watched.clear();
             state.opened.take()
         };
         if let Some(mut opened) = opened {
@@ -278,7 +273,14 @@ impl Passthrough {
 
     /// The host wants a device back, or it failed: the guest loses it at once, as if it had been pulled out.
     fn take_back(&self, id: &str, why: &str) {
-        crate::notice(format_args!("device {id}: {why}; it is taken from the guest"));
+        {
+            let mut state = lock(&self.state);
+            // The guest may have been quicker.
+            let Some(device) = state.opened.as_mut().and_then(|opened| opened.device(id)) else { return };
+            device.lost = !device.kernel.answers();
+            let (address, why) = (device.host.address, if device.lost { LOST } else { why });
+            crate::notice(format_args!("device {id}: {address}: {why}; it is taken from the guest"));
+        }
         match self.surprise_remove(id) {
             Ok(()) => {}
             Err(error) => {
@@ -310,11 +312,32 @@ fn view(root: &PciRoot, opened: &Opened, device: &Device) -> DeviceView {
     }
 }
 
-impl State {
-    fn watch(&mut self, device: &Device) -> io::Result<()> {
+impl Noted {
+    fn add(&mut self, device: &Device) -> io::Result<()> {
         *self.resets.entry(device.reset.method.name()).or_default() += 1;
         self.watched.insert(device.config.id.clone(), Watched::new(device)?);
         Ok(())
+    }
+}
+
+impl State {
+    /// Opens a device beside those there are. The first one brings the address space along: guest memory is mapped.
+    fn open(
+        &mut self,
+        context: &Context,
+        config: PassthroughConfig,
+        host: HostDevice,
+    ) -> Result<(), PlugError> {
+        match &mut self.opened {
+            Some(opened) => opened.plug(config, host)?,
+            none => {
+                *none = Opened::new(context, vec![(config, host)])?;
+                none.iter_mut().try_for_each(Opened::map)?;
+            }
+        }
+        let Some(opened) = &self.opened else { return Ok(()) };
+        self.times = opened.times();
+        opened.devices().last().map_or(Ok(()), |device| self.noted.add(device)).map_err(PlugError::Watch)
     }
 
     /// Closes the devices that the guest's bus has no longer. Whoever sees them gone from the list finds nothing of
@@ -332,7 +355,7 @@ impl State {
     }
 
     fn give_back(&mut self, id: &str) {
-        self.watched.remove(id);
+        self.noted.watched.remove(id);
         let Some(opened) = &mut self.opened else { return };
         opened.remove(id);
         if opened.devices().is_empty() {
@@ -354,9 +377,12 @@ impl Watched {
 fn watch(passthrough: &Weak<Passthrough>, release: &EventFd, changed: &EventFd) {
     loop {
         let Some(this) = passthrough.upgrade() else { return };
-        let Ok(epoll) = watch_list(&this, release, changed) else {
-            crate::notice(format_args!("devices are not watched any more: no descriptor is left"));
-            return;
+        let stopped = |error: io::Error| {
+            crate::notice(format_args!("passed-through devices are not watched any more: {error}"));
+        };
+        let epoll = match watch_list(&this, release, changed) {
+            Ok(epoll) => epoll,
+            Err(error) => return stopped(error),
         };
         // While this waits the machine may end: it holds nothing of it.
         drop(this);
@@ -364,7 +390,7 @@ fn watch(passthrough: &Weak<Passthrough>, release: &EventFd, changed: &EventFd) 
         match epoll.wait(-1, &mut events) {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
+            Err(error) => return stopped(error),
         }
         let _ = changed.read();
         let Some(this) = passthrough.upgrade() else { return };
@@ -383,7 +409,7 @@ fn watch(passthrough: &Weak<Passthrough>, release: &EventFd, changed: &EventFd) 
                 };
                 Some((id.clone(), why))
             };
-            state.watched.iter().filter_map(of).collect()
+            state.noted.watched.iter().filter_map(of).collect()
         };
         for (id, why) in signalled {
             this.take_back(&id, why);
@@ -398,7 +424,7 @@ fn watch_list(this: &Passthrough, release: &EventFd, changed: &EventFd) -> io::R
     };
     add(release)?;
     add(changed)?;
-    for watched in lock(&this.state).watched.values() {
+    for watched in lock(&this.state).noted.watched.values() {
         add(&watched.requested)?;
         add(&watched.failed)?;
     }

@@ -10,27 +10,34 @@ pub const CONVENTIONAL_SIZE: usize = 256;
 pub const EXPRESS_SIZE: usize = 4096;
 
 const VENDOR: usize = 0x00;
-const COMMAND: usize = 0x04;
-const STATUS: usize = 0x06;
+/// The command register.
+pub(crate) const COMMAND: usize = 0x04;
+/// The status register.
+pub(crate) const STATUS: usize = 0x06;
 const REVISION: usize = 0x08;
 const CACHE_LINE_SIZE: usize = 0x0c;
 const HEADER_TYPE: usize = 0x0e;
 const BARS: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
-const CAPABILITIES: usize = 0x34;
+/// The start of the capability list.
+pub(crate) const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+/// The interrupt pin: 1 to 4 for INTA to INTD, 0 for none.
+pub(crate) const INTERRUPT_PIN: usize = 0x3d;
 /// The expansion ROM's BAR, in type 0 and type 1 headers.
 const ROM_BARS: [usize; 2] = [0x30, 0x38];
 /// First byte free for capabilities, in both header types.
-const FIRST_CAPABILITY: usize = 0x40;
+pub(crate) const FIRST_CAPABILITY: usize = 0x40;
 
 /// Command register: the function answers to its memory BARs (PCIe 6.0 §7.5.1.1.3).
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command register: the function may send memory requests, MSI-X messages included.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
 const COMMAND_SERR: u16 = 1 << 8;
-const COMMAND_INTX_DISABLE: u16 = 1 << 10;
-const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// Command register: the function does not raise its interrupt pin.
+pub(crate) const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+/// Status register: there is a capability list.
+pub(crate) const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// Vendor-specific capability (PCI 3.0 appendix H).
 pub const CAP_VENDOR: u8 = 0x09;

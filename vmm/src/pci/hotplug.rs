@@ -9,9 +9,8 @@ use std::io;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PciAddress;
-use super::config::Bar;
 use super::placement::pack::{Free, Item};
-use super::placement::{BarName, BridgeWindows, PAGE, Which};
+use super::placement::{BarName, BridgeWindows, Which};
 use super::root::{
     BusIndex, NamedDevice, PciError, PciRoot, SharedPciDevice, check_functions, devfn, port_lock,
 };
@@ -108,11 +107,11 @@ impl PciRoot {
     }
 
     /// Puts a device into an empty slot: its functions by number, 0 among them. Its BARs are programmed, memory
-    /// decoding is off, and the guest is told. Returns where function 0 is.
+    /// decoding is off, and the guest is told.
     ///
     /// # Errors
     /// When there is no such slot, it is taken, or has too little address space; nothing has changed then.
-    pub fn plug(&mut self, slot: u16, functions: Vec<(u8, NamedDevice)>) -> Result<PciAddress, SlotError> {
+    pub fn plug(&mut self, slot: u16, functions: Vec<(u8, NamedDevice)>) -> Result<(), SlotError> {
         let place = self.slots.get(&slot).ok_or(SlotError::Unknown(slot))?;
         let below = place.below;
         if !self.buses[below].is_empty() {
@@ -123,10 +122,23 @@ impl PciRoot {
         for ((number, named), bases) in functions.into_iter().zip(bases) {
             self.put(below, devfn(0, number), named.device, &bases);
         }
-        self.with_slot(slot, Slot::insert)?;
-        let state = self.slots.get(&slot).and_then(|place| self.slot_state(slot, place));
-        let address = state.and_then(|state| state.address);
-        Ok(address.unwrap_or(PciAddress { bus: 0, device: 0, function: 0 }))
+        self.with_slot(slot, Slot::insert)
+    }
+
+    /// The first empty slot with room for a device's functions. Not every one has: the windows of a slot that had a
+    /// device from the start are as large as that device's BARs. `None` where no slot is empty.
+    ///
+    /// # Errors
+    /// What does not fit into the last of the empty slots.
+    pub fn slot_for(&self, functions: &[(u8, NamedDevice)]) -> Result<Option<u16>, SlotError> {
+        let mut failure = None;
+        for (number, place) in self.slots.iter().filter(|(_, place)| self.buses[place.below].is_empty()) {
+            match fit(*number, &place.windows, functions) {
+                Ok(_) => return Ok(Some(*number)),
+                Err(error) => failure = Some(error),
+            }
+        }
+        failure.map_or(Ok(None), Err)
     }
 
     /// Asks the guest to let go of what is in a slot. Asking again is harmless.
@@ -203,11 +215,8 @@ fn fit(
     for (which, window) in [(Which::Low, &windows.low), (Which::High, &windows.high)] {
         let mut items = Vec::new();
         for (function, demand) in demands.iter().enumerate() {
-            let bars = demand.bars.iter().enumerate().filter(|(_, bar)| Which::of(bar) == which);
-            items.extend(bars.map(|(bar, Bar { size, .. })| {
-                let size = (*size).max(PAGE);
-                Item { size, align: size, content: (function, bar) }
-            }));
+            let item = |(bar, size)| Item { size, align: size, content: (function, bar) };
+            items.extend(demand.rooms(which).map(item));
         }
         items.sort_by_key(Item::order);
         let mut free = Free::new(std::slice::from_ref(window));

@@ -3,13 +3,14 @@
 //! A device implements [`PciDevice`] around a [`config::ConfigSpace`]. The [`root::PciRoot`] gives it
 //! an address and places its BARs, so that guests which do not enumerate find them programmed; it
 //! follows the guest when that moves a BAR or turns decoding on and off. [`msix::Msix`] holds a
-//! function's vectors.
+//! function's vectors. [`capabilities`] reads the lists that the host's devices wrote.
 //!
 //! The machine's own devices sit on bus 0 as integrated endpoints. What hangs below ports is a
 //! [`tree::Tree`], planned from the host's topology ([`topology`]), given addresses ([`placement`]) and built
 //! by [`root::PciRoot::build`]; [`port`] is a root port or a port of a switch, [`slot`] its hot-plug registers, and
 //! [`hotplug`] what the host does to slots while the guest runs.
 
+pub mod capabilities;
 pub mod config;
 pub mod config_ports;
 pub mod express;

@@ -18,6 +18,7 @@ use super::config::{Bar, ROM_BAR};
 use super::root::Windows;
 use super::tree::{Below, Port, Tree};
 use crate::config::MemorySize;
+use crate::ranges::without;
 use pack::{Block, Free, Item, Placed};
 
 /// Bridge windows begin and end at multiples of this (PCIe 6.0 §7.5.1.3.8).
@@ -47,6 +48,14 @@ pub struct Demand {
     pub id: String,
     /// Its BARs, the expansion ROM's included.
     pub bars: Vec<Bar>,
+}
+
+impl Demand {
+    /// The BARs that belong into one of the spaces: which of `bars`, and the room it takes.
+    pub(super) fn rooms(&self, which: Which) -> impl Iterator<Item = (usize, u64)> + '_ {
+        let bars = self.bars.iter().enumerate().filter(move |(_, bar)| Which::of(bar) == which);
+        bars.map(|(index, bar)| (index, bar.size.max(PAGE)))
+    }
 }
 
 /// Free addresses.
@@ -258,10 +267,10 @@ pub fn place(tree: &Tree<Demand>, windows: &Windows, space: &Space) -> Result<La
     };
     layout.spare = spare;
     for (root, place) in &low {
-        layout.take(*root, Which::Low, place, tree);
+        layout.take(*root, Which::Low, place);
     }
     for (root, place) in &high {
-        layout.take(*root, Which::High, place, tree);
+        layout.take(*root, Which::High, place);
     }
     layout.share(windows);
     Ok(layout)
@@ -360,12 +369,8 @@ impl Walk<'_> {
     fn function(&mut self, demand: &Demand) -> Vec<Item<Content>> {
         let function = self.function;
         self.function += 1;
-        let bars = demand.bars.iter().enumerate().filter(|(_, bar)| Which::of(bar) == self.which);
-        bars.map(|(bar, Bar { size, .. })| {
-            let size = (*size).max(PAGE);
-            Item { size, align: size, content: Content::Bar { function, bar } }
-        })
-        .collect()
+        let item = |(bar, size)| Item { size, align: size, content: Content::Bar { function, bar } };
+        demand.rooms(self.which).map(item).collect()
     }
 }
 
@@ -380,15 +385,12 @@ fn window(port: usize, inside: Vec<Item<Content>>, least: u64) -> Option<Item<Co
 
 impl Layout {
     /// Notes where an item and all in it came to lie.
-    fn take(&mut self, root: usize, which: Which, placed: &Placed<Content>, tree: &Tree<Demand>) {
+    fn take(&mut self, root: usize, which: Which, placed: &Placed<Content>) {
         let range = placed.range();
         let share = &mut self.host_bridges[root];
         match which {
             Which::Low => share.low.push(range),
             Which::High => share.high.push(range),
-        }
-        if self.functions.is_empty() {
-            self.functions = tree.functions().iter().map(|demand| vec![0; demand.bars.len()]).collect();
         }
         self.note(which, placed);
     }
@@ -419,8 +421,9 @@ impl Layout {
             bridge.high = merge(std::mem::take(&mut bridge.high));
         }
         let [first, others @ ..] = self.host_bridges.as_mut_slice() else { return };
-        first.low = without(&windows.low, others.iter().flat_map(|bridge| bridge.low.clone()).collect());
-        first.high = without(&windows.high, others.iter().flat_map(|bridge| bridge.high.clone()).collect());
+        let taken = |of: fn(&HostBridgePlace) -> &[Range<u64>]| others.iter().flat_map(of).cloned().collect();
+        let (low, high): (Vec<_>, Vec<_>) = (taken(|bridge| &bridge.low), taken(|bridge| &bridge.high));
+        (first.low, first.high) = (without(windows.low.clone(), &low), without(windows.high.clone(), &high));
     }
 }
 
@@ -435,18 +438,6 @@ fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
         }
     }
     merged
-}
-
-fn without(window: &Range<u64>, taken: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    let mut left = Vec::new();
-    let mut from = window.start;
-    for range in merge(taken) {
-        left.push(from..range.start);
-        from = range.end;
-    }
-    left.push(from..window.end);
-    left.retain(|range| !range.is_empty());
-    left
 }
 
 /// Gives every port its place on its bus, and the buses below it their numbers.

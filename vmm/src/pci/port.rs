@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::PciDevice;
-use super::config::{Bar, COMMAND_BUS_MASTER, COMMAND_MEMORY, ConfigError, ConfigSpace, Identity};
+use super::config::{Bar, COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY, ConfigError, ConfigSpace, Identity};
 use super::express::{ExpressType, LINK_STATUS, PortTraits, SLOT_CONTROL, SLOT_STATUS, link_status};
 use super::msix::Msix;
 use super::placement::PortPlace;
@@ -31,7 +31,6 @@ const CAP_ACS: u16 = 0x0d;
 /// All start off: then peers behind a switch reach each other directly.
 const ACS_SERVICES: u16 = 0x1f;
 
-const COMMAND: u16 = 0x04;
 const PRIMARY_BUS: u16 = 0x18;
 /// The subordinate bus number follows.
 const SECONDARY_BUS: usize = 0x19;
@@ -134,7 +133,7 @@ impl Port {
         if let Some(address) = place.bar {
             self.config.set_bar_address(&BAR, address);
         }
-        self.config.write(COMMAND, &(COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
+        self.config.write(COMMAND as u16, &(COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
     }
 
     /// The buses below, as numbered now.

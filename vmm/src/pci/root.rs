@@ -5,8 +5,8 @@
 //! whose bus numbers, as the guest last wrote them, contain its bus. The walk follows the ports as they are
 //! built, so numbers that overlap or run in circles make functions unreachable, and nothing else.
 //!
-//! After each write that may matter the function's BARs are compared with the MMIO bus, and moved there. A BAR
-//! that the guest points outside the windows, or at another device, answers nowhere until it is pointed elsewhere.
+//! After each write the function's BARs are compared with the MMIO bus, and moved there. A BAR that the guest points
+//! outside the windows, or at another device, answers nowhere until it is pointed elsewhere.
 
 mod build;
 
@@ -311,10 +311,12 @@ impl PciRoot {
 
     /// Puts a function on a bus, with its BARs at `bases`.
     pub(super) fn put(&mut self, bus: BusIndex, at: u8, device: SharedPciDevice, bases: &[u64]) {
-        let bars = lock(&device).config().bars().to_vec();
+        let mut locked = lock(&device);
+        let bars = locked.config().bars().to_vec();
         for (bar, base) in bars.iter().zip(bases) {
-            lock(&device).config().set_bar_address(bar, *base);
+            locked.config().set_bar_address(bar, *base);
         }
+        drop(locked);
         let placements = bars.into_iter().map(|bar| (bar, None)).collect();
         self.buses[bus].insert(at, Function { device, placements, bridge: None });
     }

@@ -9,7 +9,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::express::{Link, PortTraits};
+use super::capabilities::{self, u16_at};
+use super::config::CAP_EXPRESS;
+use super::express::{DEVICE_CAPABILITIES_2, LINK_CAPABILITIES, LINK_STATUS, Link, PortTraits};
 use crate::host_address::HostPciAddress;
 
 /// A function of the host, and what is above it.
@@ -130,32 +132,25 @@ fn bridges(function: &Path) -> Vec<HostPort> {
     path
 }
 
-/// Finds the Express capability (PCIe 6.0 §7.5.3). A hostile or broken list ends after 48 entries, as many as fit.
+/// What the Express capability says (PCIe 6.0 §7.5.3).
 fn describe(config: &[u8]) -> (HostPortKind, PortTraits) {
-    const CAPABILITIES: usize = 0x34;
-    const EXPRESS: u8 = 0x10;
-    let byte = |at: usize| config.get(at).copied().unwrap_or(0);
-    let word = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);
-    let mut at = usize::from(byte(CAPABILITIES) & 0xfc);
-    for _ in 0..48 {
-        if at < 0x40 || at + 0x26 > config.len() {
-            break;
-        }
-        if byte(at) == EXPRESS {
-            let kind = match word(at + 2) >> 4 & 0xf {
-                0x4 => HostPortKind::Root,
-                0x5 => HostPortKind::Upstream,
-                0x6 => HostPortKind::Downstream,
-                _ => HostPortKind::Other,
-            };
-            let capable = Link::from_register(word(at + 0x0c).into()).unwrap_or_default();
-            let trained = Link::from_register(word(at + 0x12).into()).unwrap_or(capable);
-            let atomics = word(at + 0x24) & PortTraits::ATOMICS;
-            return (kind, PortTraits { capable, trained, atomics });
-        }
-        at = usize::from(byte(at + 1) & 0xfc);
-    }
-    (HostPortKind::Other, PortTraits::default())
+    let list = capabilities::conventional(config);
+    let express = list.iter().find(|capability| capability.id == u16::from(CAP_EXPRESS));
+    let end = |at: usize| at + usize::from(DEVICE_CAPABILITIES_2) + 2;
+    let Some(at) = express.map(|it| usize::from(it.offset)).filter(|at| end(*at) <= config.len()) else {
+        return (HostPortKind::Other, PortTraits::default());
+    };
+    let register = |offset: u16| u16_at(config, at + usize::from(offset));
+    let kind = match register(2) >> 4 & 0xf {
+        0x4 => HostPortKind::Root,
+        0x5 => HostPortKind::Upstream,
+        0x6 => HostPortKind::Downstream,
+        _ => HostPortKind::Other,
+    };
+    let capable = Link::from_register(register(LINK_CAPABILITIES).into()).unwrap_or_default();
+    let trained = Link::from_register(register(LINK_STATUS).into()).unwrap_or(capable);
+    let atomics = register(DEVICE_CAPABILITIES_2) & PortTraits::ATOMICS;
+    (kind, PortTraits { capable, trained, atomics })
 }
 
 #[cfg(test)]
@@ -166,6 +161,7 @@ mod tests {
     /// Configuration space with an Express capability of a type, as a privileged reader sees it.
     fn express(kind: u8) -> Vec<u8> {
         let mut config = vec![0; 256];
+        config[0x06] = 0x10;
         config[0x34] = 0x48;
         config[0x48..0x4c].copy_from_slice(&[0x01, 0x80, 0, 0]);
         config[0x80..0x84].copy_from_slice(&[0x10, 0, 2 | kind << 4, 0]);
@@ -227,6 +223,7 @@ mod tests {
     #[test]
     fn a_capability_list_without_end_ends() {
         let mut config = vec![0; 256];
+        config[0x06] = 0x10;
         config[0x34] = 0x40;
         config[0x40..0x42].copy_from_slice(&[0x01, 0x40]);
         assert_eq!(describe(&config), (HostPortKind::Other, PortTraits::default()));

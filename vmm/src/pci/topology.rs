@@ -82,12 +82,11 @@ impl Device {
 fn devices(functions: &[HostFunction]) -> Vec<Device> {
     let mut devices: Vec<Device> = Vec::new();
     for (index, function) in functions.iter().enumerate() {
-        let place = |address: HostPciAddress| (address.domain(), address.bus(), address.device());
         let same = |device: &&mut Device| {
             let first = device.first(functions);
             function.physical_function.is_none()
                 && first.is_some_and(|first| {
-                    first.physical_function.is_none() && place(first.address) == place(function.address)
+                    first.physical_function.is_none() && first.address.shares_device(function.address)
                 })
         };
         // A virtual function's number says nothing of functions beside it.

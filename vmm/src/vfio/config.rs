@@ -6,15 +6,12 @@
 
 use std::ops::Range;
 
-use super::capabilities::{self, Capability, u32_at};
 use super::function::HostFunction;
-use crate::pci::config::{Bar, CONVENTIONAL_SIZE, ConfigError, ConfigSpace, Identity};
-
-const COMMAND: usize = 0x04;
-const HEADER_END: usize = 0x40;
-const BUS_MASTER: u16 = 1 << 2;
-const INTX_DISABLE: u16 = 1 << 10;
-const INTERRUPT_PIN: usize = 0x3d;
+use crate::pci::capabilities::{self, Capability, u32_at};
+use crate::pci::config::{
+    Bar, CAPABILITIES, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, CONVENTIONAL_SIZE, ConfigError,
+    ConfigSpace, FIRST_CAPABILITY, INTERRUPT_PIN, Identity, STATUS, STATUS_CAPABILITIES,
+};
 
 /// IDs of conventional capabilities (PCI Code and ID Assignment 1.16 §2).
 mod id {
@@ -169,17 +166,17 @@ impl VirtualConfig {
         // it stays on: a slot whose device does not decode would fault the VMM. I/O space does not exist.
         self.emulated[..6].fill(0xff);
         // Bus mastering and the pin's disable are the device's; the kernel follows the latter.
-        self.forward(COMMAND, &(BUS_MASTER | INTX_DISABLE).to_le_bytes());
+        self.forward(COMMAND, &(COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE).to_le_bytes());
         // Status: the device's errors. Writing ones clears them.
-        self.forward(COMMAND + 2, &0xf900_u16.to_le_bytes());
+        self.forward(STATUS, &0xf900_u16.to_le_bytes());
         // Class to subsystem: constant. Cache line size, latency timer and BIST have no effect on PCIe;
         // a self-test could leave the device in no known state. The header type's high bit (multi-function)
         // is the guest's topology's.
-        self.emulated[8..HEADER_END].fill(0xff);
+        self.emulated[8..FIRST_CAPABILITY].fill(0xff);
         self.space.define(INTERRUPT_PIN, &[host[INTERRUPT_PIN]], &[0]);
         // The list's start is the device's unless rewritten below.
-        self.space.define(0x34, &[host[0x34] & !3], &[0]);
-        self.emulated[0x34] = 0xff;
+        self.space.define(CAPABILITIES, &[host[CAPABILITIES] & !3], &[0]);
+        self.emulated[CAPABILITIES] = 0xff;
         // The card bus pointer, and latencies that nobody reads: as the device has them.
         self.space.define(0x28, &host[0x28..0x2c], &[0; 4]);
         self.space.define(0x3e, &host[0x3e..0x40], &[0; 2]);
@@ -201,11 +198,15 @@ impl VirtualConfig {
         for (capability, next) in shown.iter().zip(links) {
             self.emulate(usize::from(capability.offset), &[capability.id as u8, next], &[0, 0]);
         }
-        self.space.define(0x34, &[shown.first().map_or(0, |c| c.offset as u8)], &[0]);
-        // The list's bit in the status register.
-        let status = host[6] & !0x10 | if shown.is_empty() { 0 } else { 0x10 };
-        self.space.define(6, &[status], &[0]);
-        self.emulated[6] |= 0x10;
+        self.space.define(CAPABILITIES, &[shown.first().map_or(0, |c| c.offset as u8)], &[0]);
+        self.show_list(!shown.is_empty());
+    }
+
+    /// The status register's bit for the capability list is ours, the others are the device's.
+    fn show_list(&mut self, there: bool) {
+        let bit = STATUS_CAPABILITIES as u8;
+        self.space.define(STATUS, &[if there { bit } else { 0 }], &[0]);
+        self.emulated[STATUS] |= bit;
     }
 
     /// The bytes from a capability to the next one, or to the end, read as zeros.
@@ -373,19 +374,18 @@ impl VirtualConfig {
         let mut used: Vec<Range<usize>> = list.iter().map(|c| extent(&bytes, *c)).collect();
         used.sort_by_key(|range| range.start);
         let length = (2 + body.len()).next_multiple_of(4);
-        let free = (HEADER_END..=CONVENTIONAL_SIZE - length).step_by(4).find(|at| {
+        let free = (FIRST_CAPABILITY..=CONVENTIONAL_SIZE - length).step_by(4).find(|at| {
             let range = *at..at + length;
             let apart = used.iter().all(|other| other.end <= range.start || range.end <= other.start);
             // Registers that no list leads to may still be some: vendors hide theirs there.
             apart && bytes[range].iter().all(|byte| *byte == 0)
         })?;
-        let mut value = vec![id::VENDOR as u8, self.space.u16(0x34) as u8];
+        let mut value = vec![id::VENDOR as u8, self.space.u16(CAPABILITIES) as u8];
         value.extend(body);
         value.resize(length, 0);
         self.emulate(free, &value, &vec![0; length]);
-        self.space.define(0x34, &[free as u8], &[0]);
-        self.space.define(6, &[0x10], &[0]);
-        self.emulated[6] |= 0x10;
+        self.space.define(CAPABILITIES, &[free as u8], &[0]);
+        self.show_list(true);
         Some(free as u16)
     }
 

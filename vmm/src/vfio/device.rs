@@ -7,16 +7,13 @@ use std::sync::Arc;
 
 use super::config::VirtualConfig;
 use super::dma::Dma;
-use super::function::{FunctionParts, HostFunction, ROM_REGION, Region};
+use super::function::{FunctionParts, HostFunction, PAGE, ROM_REGION, Region};
 use super::interrupts::{InterruptCounters, Interrupts};
 use super::mapping::Mapping;
 use crate::hypervisor::PassthroughHypervisor;
-use crate::pci::config::{Bar, ConfigError, ConfigSpace, ROM_BAR};
+use crate::pci::config::{Bar, COMMAND, COMMAND_MEMORY, ConfigError, ConfigSpace, INTERRUPT_PIN, ROM_BAR};
 use crate::pci::{PciDevice, gpudirect};
-
-const PAGE: u64 = 4096;
-const COMMAND: u16 = 0x04;
-const COMMAND_MEMORY: u8 = 1 << 1;
+use crate::ranges::without;
 
 /// A function of the host in a guest.
 pub struct VfioPci {
@@ -95,7 +92,7 @@ impl VfioPci {
     /// The interrupt pin as its configuration space has it: 1 to 4 for INTA to INTD, 0 for none.
     pub fn pin(&self) -> u8 {
         let mut pin = [0];
-        self.config.read(&*self.function, 0x3d, &mut pin);
+        self.config.read(&*self.function, INTERRUPT_PIN as u16, &mut pin);
         pin[0]
     }
 
@@ -143,7 +140,7 @@ impl VfioPci {
     /// No interrupts, no DMA, nothing that the guest reaches: before the function is reset or given up.
     pub fn quiesce(&mut self) {
         self.interrupts.stop();
-        self.function.write_config(COMMAND, &[COMMAND_MEMORY, 0]);
+        self.function.write_config(COMMAND as u16, &COMMAND_MEMORY.to_le_bytes());
         for bar in &mut self.bars {
             bar.leave(&*self.hypervisor, self.dma.as_deref());
             bar.address = None;
@@ -171,7 +168,7 @@ impl VfioPci {
 
     /// On the host the function answers at all times; see the rules of the command register.
     fn turn_on_decoding(&self) {
-        self.function.write_config(COMMAND, &[COMMAND_MEMORY, 0]);
+        self.function.write_config(COMMAND as u16, &COMMAND_MEMORY.to_le_bytes());
     }
 
     /// The part of the MSI-X structures that an access means.
@@ -301,8 +298,8 @@ impl Drop for VfioPci {
     }
 }
 
-/// The memory BARs with regions behind them, and the expansion ROM's. I/O BARs do not exist in the guest: its bus has no I/O window,
-/// and every driver of a PCIe device does without.
+/// The memory BARs with regions behind them, and the expansion ROM's. I/O BARs do not exist in the guest: its bus has
+/// no I/O window, and every driver of a PCIe device does without.
 fn memory_bars(function: &dyn HostFunction, regions: &[Region]) -> Vec<Bar> {
     const BARS: u16 = 0x10;
     const IO: u32 = 1;
@@ -335,17 +332,6 @@ fn trapped_pages(interrupts: &Interrupts, bar: u8) -> Vec<Range<u64>> {
         [(capability.table.0, capability.table_range()), (capability.pending.0, capability.pending_range())];
     let pages = |range: Range<u64>| range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE);
     places.into_iter().filter(|(index, _)| *index == bar).map(|(_, range)| pages(range)).collect()
-}
-
-/// `range` without `holes`.
-fn without(range: Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut parts: Vec<_> = std::iter::once(range).filter(|range| !range.is_empty()).collect();
-    for hole in holes {
-        let cut =
-            |part: Range<u64>| [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end];
-        parts = parts.into_iter().flat_map(cut).filter(|part| part.start < part.end).collect();
-    }
-    parts
 }
 
 #[cfg(test)]

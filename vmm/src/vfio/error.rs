@@ -56,16 +56,6 @@ pub enum VfioError {
         /// What it does translate.
         aperture: String,
     },
-    /// A reset that failed.
-    #[error("{address}: {method} failed: {source}; the device is in an unknown state")]
-    Reset {
-        /// Which device.
-        address: HostPciAddress,
-        /// How it was tried.
-        method: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// There is no such device in the machine.
     #[error("{0:?} is not the ID of a passed-through device of this machine")]
     NoSuchDevice(String),

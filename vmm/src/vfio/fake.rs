@@ -2,12 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
+use vfio_ioctls::VfioDevice;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::function::{FunctionParts, HostFunction, InterruptCounts, InterruptKind, Region};
+use super::host::HostDevice;
+use super::ioctls::Affected;
+use super::iommu::Iommu;
+use super::reset::Resettable;
 use crate::bus::lock;
 use crate::hypervisor::{Hypervisor, LevelInterrupt, MsiMessage, MsiVector, PassthroughHypervisor};
 
@@ -22,19 +29,56 @@ pub struct Log {
     pub connected: Vec<(InterruptKind, u16, Vec<bool>)>,
     /// Kinds turned off.
     pub disconnected: Vec<InterruptKind>,
-    /// Resets.
+    /// Resets of it alone, failed ones too.
     pub resets: usize,
+    /// Resets of its bus, failed ones too.
+    pub bus_resets: usize,
+}
+
+/// What comes of a reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FakeReset {
+    #[default]
+    Works,
+    /// There is no such reset.
+    Missing,
+    /// The kernel says no, or gave up.
+    Fails,
+    /// The kernel says yes, and the function answers no more.
+    Kills,
 }
 
 /// A function whose registers are bytes.
 pub struct FakeFunction {
     pub config: Mutex<Vec<u8>>,
     pub log: Mutex<Log>,
+    /// Of it alone, and of its bus.
+    pub resets: Mutex<[FakeReset; 2]>,
+    /// What a reset of its bus would reset: VFIO's flags, and the functions.
+    pub on_its_bus: (u32, Vec<Affected>),
 }
 
 impl FakeFunction {
     pub fn new(config: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self { config: Mutex::new(config), log: Mutex::default() })
+        let itself = Affected { group: 7, domain: 0, bus: 1, devfn: 0 };
+        Arc::new(Self::beside(config, vec![itself]))
+    }
+
+    /// One that shares its bus.
+    pub fn beside(config: Vec<u8>, functions: Vec<Affected>) -> Self {
+        let (log, resets) = (Mutex::default(), Mutex::default());
+        Self { config: Mutex::new(config), log, resets, on_its_bus: (0, functions) }
+    }
+
+    fn do_reset(&self, index: usize) -> io::Result<()> {
+        match lock(&self.resets)[index] {
+            FakeReset::Works => Ok(()),
+            FakeReset::Missing | FakeReset::Fails => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
+            FakeReset::Kills => {
+                lock(&self.config).fill(0xff);
+                Ok(())
+            }
+        }
     }
 
     /// An endpoint with power management, MSI of 4 maskable vectors, Express with FLR, MSI-X of 8 vectors in BAR
@@ -117,7 +161,66 @@ impl HostFunction for FakeFunction {
 
     fn reset(&self) -> io::Result<()> {
         lock(&self.log).resets += 1;
+        self.do_reset(0)
+    }
+}
+
+impl Resettable for FakeFunction {
+    fn can_reset(&self) -> bool {
+        lock(&self.resets)[0] != FakeReset::Missing
+    }
+
+    fn reset_function(&self) -> io::Result<()> {
+        self.reset()
+    }
+
+    fn on_its_bus(&self) -> io::Result<(u32, Vec<Affected>)> {
+        if lock(&self.resets)[1] == FakeReset::Missing {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        Ok(self.on_its_bus.clone())
+    }
+
+    fn reset_bus(&self, _groups: &[RawFd]) -> io::Result<()> {
+        lock(&self.log).bus_resets += 1;
+        self.do_reset(1)
+    }
+
+    fn answers(&self) -> bool {
+        lock(&self.config)[8..12] != [0xff; 4]
+    }
+}
+
+/// An address space without devices.
+pub struct FakeIommu;
+
+impl Iommu for FakeIommu {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn open(&self, _device: &HostDevice) -> Result<VfioDevice, vfio_ioctls::VfioError> {
+        Err(vfio_ioctls::VfioError::GroupViable)
+    }
+
+    unsafe fn map(&self, _iova: u64, _host: NonNull<u8>, _size: u64) -> io::Result<()> {
         Ok(())
+    }
+
+    fn unmap(&self, _iova: u64, _size: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn apertures(&self) -> io::Result<Vec<Range<u64>>> {
+        Ok(Vec::new())
+    }
+
+    fn mappings_left(&self) -> Option<u32> {
+        None
+    }
+
+    fn group_files(&self, _groups: &[u32]) -> Vec<RawFd> {
+        Vec::new()
     }
 }
 

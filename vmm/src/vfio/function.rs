@@ -11,6 +11,9 @@ use vmm_sys_util::eventfd::EventFd;
 /// VFIO's number of the expansion ROM's region, which is also its BAR index here.
 pub const ROM_REGION: u8 = 6;
 
+/// The unit in which regions are mapped: the host's page and the guest's.
+pub const PAGE: u64 = 4096;
+
 /// A kind of interrupt that a function can be told to use; one at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InterruptKind {

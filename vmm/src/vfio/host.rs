@@ -1,6 +1,7 @@
 //! What the host's sysfs says of a function, and whether it can be passed through.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::VfioError;
@@ -52,6 +53,13 @@ impl HostDevice {
         if !path.exists() {
             return Err(refused("this host has no such PCI function; `lspci -D` lists them".to_owned()));
         }
+        if is_silent(&path) {
+            return Err(refused(
+                "does not answer: its configuration space reads as ones, as of a device that is off, hung or pulled \
+                 out; turn its slot off and on, or restart the host"
+                    .to_owned(),
+            ));
+        }
         let class = number(&path.join("class")).unwrap_or(0);
         if class >> 16 == BRIDGE {
             return Err(refused(format!(
@@ -88,6 +96,14 @@ impl HostDevice {
         let group = group.parse().map_err(|_| refused(format!("its IOMMU group {group:?} is no number")))?;
         Ok(Self { address, ids: (id("vendor"), id("device")), path, group, class })
     }
+}
+
+/// Whether the function itself answers with ones. The kernel would find out too, after a minute of waiting for its
+/// reset. Read at the class code: the vendor ID of a virtual function is ones (PCIe 6.0 §9.3.4.1.1).
+fn is_silent(path: &Path) -> bool {
+    let mut class = [0; 4];
+    let read = File::open(path.join("config")).and_then(|file| file.read_exact_at(&mut class, 8));
+    read.is_ok() && class == [0xff; 4]
 }
 
 /// Members of the group that a driver of the host's has. The kernel lets those of [`HARMLESS_DRIVERS`] stay, on
@@ -172,6 +188,13 @@ mod tests {
         host.add("0000:05:00.0", "060400", Some(7), Some("pcieport"));
         host.add("0000:06:00.0", "060400", Some(8), Some("shpchp"));
         host.add("0000:07:01.0", "00ff00", Some(8), Some("vfio-pci"));
+        host.add("0000:08:00.0", "030000", Some(9), Some("vfio-pci"));
+        let config = |address: &str| host.0.path().join("devices").join(address).join("config");
+        fs::write(config("0000:08:00.0"), [0xff; 64]).unwrap();
+        // A virtual function.
+        let mut registers = [0; 64];
+        registers[..4].fill(0xff);
+        fs::write(config("0000:01:00.0"), registers).unwrap();
         let found = host.find("0000:01:00.0").unwrap();
         assert_eq!((found.group, found.class), (4, 0x03_00_00));
         for (address, words) in [
@@ -179,6 +202,7 @@ mod tests {
             ("0000:02:00.0", "is bound to the driver nvme, not to vfio-pci; bind it first"),
             ("0000:03:00.0", "is a bridge (class 060400)"),
             ("0000:04:00.0", "has no IOMMU group; turn on VT-d or AMD-Vi"),
+            ("0000:08:00.0", "does not answer: its configuration space reads as ones"),
             (
                 "0000:05:01.0",
                 "shares IOMMU group 7 with 0000:05:02.0 (driver e1000e), which the host uses; bind all other",

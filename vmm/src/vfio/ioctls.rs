@@ -134,7 +134,7 @@ pub fn container_info(container: &dyn AsRawFd) -> io::Result<ContainerInfo> {
 }
 
 fn parse_container_info(bytes: &[u8]) -> ContainerInfo {
-    let word = |offset: usize| super::capabilities::u32_at(bytes, offset);
+    let word = |offset: usize| crate::pci::capabilities::u32_at(bytes, offset);
     let long = |offset: usize| u64::from(word(offset)) | u64::from(word(offset + 4)) << 32;
     let mut info = ContainerInfo::default();
     let mut offset = word(std::mem::offset_of!(vfio_iommu_type1_info, cap_offset)) as usize;

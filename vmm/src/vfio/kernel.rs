@@ -17,10 +17,10 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::function::{FunctionParts, HostFunction, InterruptCounts, InterruptKind, ROM_REGION, Region};
+use super::function::{
+    FunctionParts, HostFunction, InterruptCounts, InterruptKind, PAGE, ROM_REGION, Region,
+};
 use super::ioctls;
-
-const PAGE: u64 = 4096;
 
 /// A function of the host behind VFIO.
 pub struct KernelFunction {
@@ -98,11 +98,6 @@ impl KernelFunction {
     /// The device, for ioctls.
     pub fn file_descriptor(&self) -> impl AsRawFd + '_ {
         self.file()
-    }
-
-    /// Whether the kernel can reset this function alone.
-    pub fn can_reset(&self) -> bool {
-        ioctls::can_reset(&*self.device).unwrap_or(false)
     }
 
     /// Has `requested` signalled when the host wants the device back, and `failed` on an uncorrectable

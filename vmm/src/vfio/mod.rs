@@ -9,13 +9,11 @@
 //! | [`passthrough`] | all devices of a machine: opened, reset, mapped, plugged and unplugged |
 //! | [`device`] | one function as the guest's bus sees it: BARs, memory slots, the rest below |
 //! | [`config`] | whose each bit of configuration space is |
-//! | [`capabilities`] | walks of lists that devices wrote |
 //! | [`interrupts`] | pin, MSI and MSI-X through irqfds |
 //! | [`mapping`] | BARs in the VMM's address space, aligned for the largest pages |
 //! | [`function`] | a function as a trait; [`kernel`] implements it, tests do so on bytes |
 //! | [`ioctls`] | what the libraries lack |
 
-pub mod capabilities;
 pub mod config;
 pub mod device;
 pub mod dma;

@@ -39,6 +39,9 @@ pub struct Device {
     pub interrupts: Arc<InterruptCounters>,
     /// The function itself.
     pub kernel: Arc<KernelFunction>,
+    /// It answers no more, which was said: it is given back without a reset, for which its removal from the host
+    /// would wait.
+    pub lost: bool,
 }
 
 /// How long each stage of giving devices to a machine took; the agent's binding comes before.
@@ -108,7 +111,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens and resets `devices`, of which there is one at least.
+    /// Opens and resets `devices`; `None` without any.
     ///
     /// # Errors
     /// When one is in use, cannot be reset, or the kernel refuses; those opened before are closed again.
@@ -129,8 +132,10 @@ impl Opened {
         opened.times.open = start.elapsed();
         // All are open before the first is reset: a bus is reset only if all on it are ours.
         let groups: Vec<u32> = devices.iter().map(|(_, host)| host.group).collect();
-        for ((config, host), kernel) in devices.into_iter().zip(kernels) {
-            opened.add(config, host, kernel, &groups, &[])?;
+        for (index, ((config, host), kernel)) in devices.into_iter().zip(kernels).enumerate() {
+            let reset =
+                opened.reset((&host, &format!("passthrough[{index}].address")), &kernel, &groups, &[])?;
+            opened.add(config, host, kernel, reset)?;
         }
         Ok(Some(opened))
     }
@@ -139,9 +144,15 @@ impl Opened {
         let device = self.iommu.open(host).map_err(|error| {
             let cause = iommu::cause(&error);
             let problem = match (cause.raw_os_error(), &error) {
-                (Some(libc::EBUSY), _) => "is in use by another process".to_owned(),
+                (Some(libc::EBUSY), _) => "is in use by another process; end that first: \
+                                           `fuser -v /dev/vfio/* /dev/vfio/devices/*` names it"
+                    .to_owned(),
                 (_, vfio_ioctls::VfioError::GroupViable) => {
-                    format!("a driver of the host has another function of IOMMU group {}", host.group)
+                    format!(
+                        "a driver of the host has another function of its IOMMU group {}; bind all of the group to \
+                         vfio-pci",
+                        host.group
+                    )
                 }
                 _ => format!("cannot be opened with {}: {cause}", self.iommu.name()),
             };
@@ -150,15 +161,23 @@ impl Opened {
         Ok(Arc::new(KernelFunction::new(Arc::new(device))))
     }
 
+    fn reset(
+        &self,
+        device: (&HostDevice, &str),
+        kernel: &KernelFunction,
+        groups: &[u32],
+        running: &[HostPciAddress],
+    ) -> Result<ResetReport, VfioError> {
+        reset::reset(device, kernel, &*self.iommu, groups, running)
+    }
+
     fn add(
         &mut self,
         config: PassthroughConfig,
         host: HostDevice,
         kernel: Arc<KernelFunction>,
-        groups: &[u32],
-        running: &[HostPciAddress],
+        reset: ResetReport,
     ) -> Result<(), VfioError> {
-        let reset = reset::reset(&host, &kernel, &*self.iommu, groups, running)?;
         self.times.reset += reset.duration;
         let start = Instant::now();
         let hypervisor = Arc::clone(&self.context.hypervisor);
@@ -171,25 +190,25 @@ impl Opened {
         self.times.bar_map += start.elapsed();
         let interrupts = pci.interrupt_counters();
         let pci = Arc::new(Mutex::new(pci));
-        self.devices.push(Device { config, host, pci, reset, interrupts, kernel });
+        self.devices.push(Device { config, host, pci, reset, interrupts, kernel, lost: false });
         Ok(())
     }
 
-    /// Adds a device to a machine that runs: opened, reset, reached by the mappings that are there.
+    /// Adds a device to a machine that runs, behind the others in [`devices`](Self::devices): opened, reset, reached by the mappings that are there.
     ///
     /// # Errors
     /// When it is in use, cannot be reset without one that runs, or the kernel refuses.
-    pub fn plug(&mut self, config: PassthroughConfig, host: HostDevice) -> Result<&Device, VfioError> {
+    pub fn plug(&mut self, config: PassthroughConfig, host: HostDevice) -> Result<(), VfioError> {
         let start = Instant::now();
         let kernel = self.open(&host, "address")?;
         self.times.open = start.elapsed();
         let running: Vec<_> = self.devices.iter().map(|device| device.host.address).collect();
         let mut groups = self.groups();
         groups.push(host.group);
-        self.add(config, host, kernel, &groups, &running)?;
+        let reset = self.reset((&host, "address"), &kernel, &groups, &running)?;
+        self.add(config, host, kernel, reset)?;
         self.connect_peers();
-        let device = &self.devices[self.devices.len() - 1];
-        Ok(device)
+        Ok(())
     }
 
     /// Gives a device back that the guest's bus has no longer: quiet, reset, closed. The mappings stay for
@@ -207,8 +226,11 @@ impl Opened {
     }
 
     fn reset_after_use(&self, device: &Device, groups: &[u32], running: &[HostPciAddress]) {
-        if let Err(error) = reset::reset(&device.host, &device.kernel, &*self.iommu, groups, running) {
-            crate::notice(format_args!("{}: after use: {error}", device.host.address));
+        if device.lost {
+            return;
+        }
+        if let Err(error) = self.reset((&device.host, "after use"), &device.kernel, groups, running) {
+            crate::notice(format_args!("{error}"));
         }
     }
 
@@ -219,6 +241,11 @@ impl Opened {
     /// The devices, in the order of the description.
     pub fn devices(&self) -> &[Device] {
         &self.devices
+    }
+
+    /// A device by its ID.
+    pub fn device(&mut self, id: &str) -> Option<&mut Device> {
+        self.devices.iter_mut().find(|device| device.config.id == id)
     }
 
     /// The kernel's interface in use.

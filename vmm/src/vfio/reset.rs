@@ -4,12 +4,14 @@
 //! a state in which the next driver failed. But it takes all that is on the bus along, so it needs all of
 //! it to be ours and none of it to be running.
 
+use std::io;
+use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use super::VfioError;
 use super::function::HostFunction;
 use super::host::HostDevice;
-use super::ioctls;
+use super::ioctls::{self, Affected};
 use super::iommu::Iommu;
 use super::kernel::KernelFunction;
 use crate::config::HostPciAddress;
@@ -21,6 +23,19 @@ const OWNED: u32 = 1 << 1;
 
 /// Base classes of GPUs: display controllers and processing accelerators.
 const GPU_CLASSES: [u32; 2] = [0x03, 0x12];
+
+/// The register with class code and revision. Virtual functions have it too, while their vendor ID reads as ones
+/// (PCIe 6.0 §9.3.4.1.1).
+const CLASS_AND_REVISION: u16 = 0x08;
+
+const NO_RESET: &str = "cannot be reset: it has no reset of its own, and its bus has functions that are not part of \
+                        this machine; pass these along, or move the card to a slot of its own";
+
+/// What helps where it answers: the kernel refuses a reset of a bus with a function that no VFIO driver has.
+const ADVICE: &str = "what its last user left in it is unknown; bind every function on its bus to vfio-pci, or restart \
+                      the host";
+
+const ADVICE_IF_SILENT: &str = "it does not answer; turn its slot off and on, or restart the host";
 
 /// A way to reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,47 +79,98 @@ fn choose(class: u32, function: bool, bus: bool) -> Vec<ResetMethod> {
     order.into_iter().filter(available).collect()
 }
 
-/// Resets a function. `groups` are the IOMMU groups that are ours; functions in `running` are in use by the
-/// guest and must not be reset along.
+/// What a reset asks of a function. [`KernelFunction`] asks the kernel; tests answer themselves.
+pub trait Resettable {
+    /// Whether the kernel can reset this function alone.
+    fn can_reset(&self) -> bool;
+
+    /// Resets this function alone.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn reset_function(&self) -> io::Result<()>;
+
+    /// What a reset of its bus would reset: flags of VFIO's, and the functions.
+    ///
+    /// # Errors
+    /// When the bus cannot be reset.
+    fn on_its_bus(&self) -> io::Result<(u32, Vec<Affected>)>;
+
+    /// Resets all that is on its bus; `groups` are files of the groups that are ours, none with iommufd.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn reset_bus(&self, groups: &[RawFd]) -> io::Result<()>;
+
+    /// Whether it answers: reads of one that is off, hung or gone are ones.
+    fn answers(&self) -> bool;
+}
+
+impl Resettable for KernelFunction {
+    fn can_reset(&self) -> bool {
+        ioctls::can_reset(&self.file_descriptor()).unwrap_or(false)
+    }
+
+    fn reset_function(&self) -> io::Result<()> {
+        ioctls::reset(&self.file_descriptor())
+    }
+
+    fn on_its_bus(&self) -> io::Result<(u32, Vec<Affected>)> {
+        ioctls::hot_reset_info(&self.file_descriptor())
+    }
+
+    fn reset_bus(&self, groups: &[RawFd]) -> io::Result<()> {
+        ioctls::hot_reset(&self.file_descriptor(), groups)
+    }
+
+    fn answers(&self) -> bool {
+        let mut class = [0xff; 4];
+        self.read_config(CLASS_AND_REVISION, &mut class);
+        class != [0xff; 4]
+    }
+}
+
+/// Resets a function and sees that it answers. `field` is where it stands in the description; `groups` are the
+/// IOMMU groups that are ours; functions in `running` are in use by the guest and must not be reset along.
+///
+/// A function without any reset is refused like one whose reset fails: what its last user left in it, DMA that
+/// still runs included, would be the next one's.
 ///
 /// # Errors
 /// When there is no way to reset it, or all ways failed.
 pub fn reset(
-    device: &HostDevice,
-    function: &KernelFunction,
+    (device, field): (&HostDevice, &str),
+    function: &impl Resettable,
     iommu: &dyn Iommu,
     groups: &[u32],
     running: &[HostPciAddress],
 ) -> Result<ResetReport, VfioError> {
+    let refused =
+        |problem: String| VfioError::Device { field: field.to_owned(), address: device.address, problem };
     let bus = bus_is_ours(function, groups, running);
-    let methods = choose(device.class, function.can_reset(), bus);
-    let mut failure = None;
-    for method in methods {
+    let mut failures = Vec::new();
+    for method in choose(device.class, function.can_reset(), bus) {
         let start = Instant::now();
         let result = match method {
-            ResetMethod::Function => function.reset(),
-            ResetMethod::Bus => ioctls::hot_reset(&function.file_descriptor(), &iommu.group_files(groups)),
+            ResetMethod::Function => function.reset_function(),
+            ResetMethod::Bus => function.reset_bus(&iommu.group_files(groups)),
         };
         match result {
-            Ok(()) => return Ok(ResetReport { method, duration: start.elapsed() }),
-            Err(source) => {
-                failure = Some(VfioError::Reset { address: device.address, method: method.name(), source });
-            }
+            Ok(()) if function.answers() => return Ok(ResetReport { method, duration: start.elapsed() }),
+            Ok(()) => failures.push(format!("{} left it without an answer", method.name())),
+            Err(error) => failures.push(format!("{} failed: {error}", method.name())),
         }
     }
-    Err(failure.unwrap_or_else(|| VfioError::Device {
-        field: "passthrough".to_owned(),
-        address: device.address,
-        problem:
-            "cannot be reset: it has no reset of its own, and its bus has functions that are not part of \
-                  this machine; pass these along, or move the card to a slot of its own"
-                .to_owned(),
-    }))
+    if failures.is_empty() {
+        return Err(refused(NO_RESET.to_owned()));
+    }
+    let advice = if function.answers() { ADVICE } else { ADVICE_IF_SILENT };
+    Err(refused(format!("cannot be reset: {}; {advice}", failures.join(", "))))
 }
 
-fn bus_is_ours(function: &KernelFunction, groups: &[u32], running: &[HostPciAddress]) -> bool {
-    let Ok((flags, affected)) = ioctls::hot_reset_info(&function.file_descriptor()) else { return false };
-    let runs = |other: &ioctls::Affected| {
+fn bus_is_ours(function: &impl Resettable, groups: &[u32], running: &[HostPciAddress]) -> bool {
+    let Ok((flags, affected)) = function.on_its_bus() else { return false };
+    let runs = |other: &Affected| {
         running.iter().any(|address| {
             let devfn = address.device() << 3 | address.function();
             (address.domain(), address.bus(), devfn) == (other.domain.into(), other.bus, other.devfn)
@@ -119,16 +185,5 @@ fn bus_is_ours(function: &KernelFunction, groups: &[u32], running: &[HostPciAddr
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gpus_are_reset_by_their_bus_where_that_is_ours_and_others_alone() {
-        use ResetMethod::{Bus, Function};
-        assert_eq!(choose(0x03_02_00, true, true), [Bus, Function]);
-        assert_eq!(choose(0x12_00_00, true, false), [Function]);
-        assert_eq!(choose(0x01_08_02, true, true), [Function, Bus]);
-        assert_eq!(choose(0x00_ff_00, false, true), [Bus]);
-        assert_eq!(choose(0x03_00_00, false, false), []);
-    }
-}
+#[path = "reset_tests.rs"]
+mod tests;

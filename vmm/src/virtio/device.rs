@@ -6,6 +6,8 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::worker::Worker;
+
 /// Guest memory as devices see it.
 pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -107,9 +109,16 @@ pub trait VirtioDevice: Send {
     /// may be touched afterwards), and returns to the initial state. A no-op when not active.
     fn reset(&mut self);
 
+    /// The threads on which it works; none while it is not active.
+    fn workers(&self) -> &[Worker];
+
     /// Stops taking requests and waits for those in flight; the vCPUs are stopped already.
-    fn pause(&mut self);
+    fn pause(&mut self) {
+        self.workers().iter().for_each(Worker::pause);
+    }
 
     /// Undoes [`pause`](Self::pause), and looks at every queue once: a kick may have come before.
-    fn resume(&mut self);
+    fn resume(&mut self) {
+        self.workers().iter().for_each(Worker::resume);
+    }
 }

@@ -10,8 +10,9 @@ use std::time::Instant;
 use lathe_api::HostPciAddress;
 
 use super::GpuError;
-use super::host::{PciHost, VFIO_PCI};
+use super::host::PciHost;
 use super::record::{Function, Ledger, Step};
+use crate::pci::{self, VFIO_PCI};
 
 /// Bridges (class 0x0604) in a group need not be handed over: they do no DMA of their own.
 const PCI_BRIDGE: u32 = 0x0604;
@@ -24,8 +25,7 @@ const NO_OVERRIDE: &str = "(null)";
 
 /// Its 24-bit class code.
 pub fn class_of(host: &dyn PciHost, function: HostPciAddress) -> u32 {
-    let text = host.read(function, "class").unwrap_or_default();
-    u32::from_str_radix(text.trim_start_matches("0x"), 16).unwrap_or(0)
+    pci::class(&host.read(function, "class").unwrap_or_default())
 }
 
 /// The functions that have to be handed over with `address`, itself first: those of the same device in its
@@ -39,13 +39,9 @@ pub fn unit_of(host: &dyn PciHost, address: HostPciAddress) -> Result<Vec<HostPc
         refused("it is in no IOMMU group: switch the IOMMU on in the firmware and with intel_iommu=on".into())
     })?;
     let endpoints = group.into_iter().filter(|member| class_of(host, *member) >> 8 != PCI_BRIDGE);
-    let same_device = |member: &HostPciAddress| {
-        (member.domain(), member.bus(), member.device())
-            == (address.domain(), address.bus(), address.device())
-    };
     // The host needs its other bridges (to ISA, to itself), whatever device they are part of.
     let goes_along =
-        |member: &HostPciAddress| same_device(member) && class_of(host, *member) >> 16 != BRIDGES;
+        |member: &HostPciAddress| member.shares_device(address) && class_of(host, *member) >> 16 != BRIDGES;
     let (mut unit, others): (Vec<_>, Vec<_>) = endpoints.partition(goes_along);
     if !others.is_empty() {
         let list = others.iter().map(|other| {

@@ -166,11 +166,9 @@ impl Row {
         let state = state.as_str().unwrap_or_default();
         let driver = self.driver.as_deref().unwrap_or("none");
         let mut line = format!("{} {state:<11} driver {driver}", self.address);
-        for (what, text) in [("has", &self.owner), ("last", &self.last), ("because", &self.reason)] {
-            match text {
-                Some(text) if what == "has" => line.push_str(&format!(", {text}")),
-                Some(text) => line.push_str(&format!(", {what}: {text}")),
-                None => {}
+        for (what, text) in [("", &self.owner), ("last: ", &self.last), ("because: ", &self.reason)] {
+            if let Some(text) = text {
+                line.push_str(&format!(", {what}{text}"));
             }
         }
         println!("{line}");

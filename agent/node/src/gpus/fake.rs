@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use lathe_api::HostPciAddress;
 
-use super::host::{PciHost, VFIO_PCI};
+use super::host::PciHost;
 use super::scrub::{Bar, BarScrub, ScrubError};
+use crate::pci::VFIO_PCI;
 
 /// A function of the model.
 #[derive(Clone, Debug)]

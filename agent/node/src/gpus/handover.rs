@@ -5,9 +5,9 @@
 use std::time::{Duration, Instant};
 
 use super::binding::{self, class_of, unit_of};
-use super::host::VFIO_PCI;
 use super::record::{Ledger, Record, State, Step};
 use super::{GpuError, Gpus, reset, scrub};
+use crate::pci::{VFIO_PCI, is_gpu};
 
 /// How long a VMM that was killed may keep its devices open.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(20);
@@ -104,8 +104,7 @@ impl Gpus {
         ledger.record.times.reset_ms = 0;
         for address in &ours {
             let (address, first) = (*address, *address == ledger.record.address);
-            let class = class_of(host, address);
-            let gpu = class >> 16 == 0x03 || class >> 8 == 0x1200;
+            let gpu = is_gpu(class_of(host, address));
             let done = ledger.step(Step::Reset(address), |_| {
                 reset::reset(host, address, &ours, gpu).map_err(|source| GpuError::Reset { address, source })
             });

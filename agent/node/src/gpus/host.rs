@@ -4,8 +4,8 @@
 //! the tests run the same steps against a model of the kernel that can be stopped after each.
 
 use std::fs::{self, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -14,9 +14,8 @@ use std::time::Duration;
 use lathe_api::HostPciAddress;
 
 use super::scrub::{self, Bar, BarScrub, ScrubError};
-
-/// The driver that lends functions to processes.
-pub const VFIO_PCI: &str = "vfio-pci";
+use crate::files::link_name;
+use crate::pci::{VFIO_PCI, bridges_above};
 
 /// How long a driver may take to let a function go or to take it up. NVIDIA's takes seconds for each;
 /// one whose device is held open by a process waits for it for ever.
@@ -127,10 +126,12 @@ impl PciHost for KernelHost {
     }
 
     fn answers(&self, function: HostPciAddress) -> bool {
-        let mut id = [0; 4];
-        let read =
-            fs::File::open(self.device(function).join("config")).and_then(|mut f| f.read_exact(&mut id));
-        read.is_ok() && id != [0xff; 4]
+        // A virtual function's vendor and device ID are always ones (PCIe 6.0 §9.3.4.1.1), its class code never.
+        const CLASS_AND_REVISION: u64 = 8;
+        let mut class = [0; 4];
+        let config = fs::File::open(self.device(function).join("config"));
+        let read = config.and_then(|file| file.read_exact_at(&mut class, CLASS_AND_REVISION));
+        read.is_ok() && class != [0xff; 4]
     }
 
     fn read(&self, function: HostPciAddress, attribute: &str) -> io::Result<String> {
@@ -146,8 +147,7 @@ impl PciHost for KernelHost {
     }
 
     fn driver(&self, function: HostPciAddress) -> Option<String> {
-        let target = fs::read_link(self.device(function).join("driver")).ok()?;
-        Some(target.file_name()?.to_str()?.to_owned())
+        link_name(&self.device(function).join("driver"))
     }
 
     fn group(&self, function: HostPciAddress) -> Option<Vec<HostPciAddress>> {
@@ -159,9 +159,7 @@ impl PciHost for KernelHost {
     }
 
     fn path(&self, function: HostPciAddress) -> Vec<HostPciAddress> {
-        let real = fs::canonicalize(self.device(function)).unwrap_or_default();
-        let names = real.components().filter_map(|part| part.as_os_str().to_str()?.parse().ok());
-        names.filter(|bridge| *bridge != function).collect()
+        bridges_above(&self.device(function), function)
     }
 
     fn unbind(&self, function: HostPciAddress) -> io::Result<()> {
@@ -188,8 +186,7 @@ impl PciHost for KernelHost {
     }
 
     fn is_idle(&self, function: HostPciAddress) -> bool {
-        let Ok(group) = fs::read_link(self.device(function).join("iommu_group")) else { return true };
-        let Some(number) = group.file_name() else { return true };
+        let Some(number) = link_name(&self.device(function).join("iommu_group")) else { return true };
         // A group can be opened once; the open file of a device in it counts as well.
         let node = self.root.join("dev/vfio").join(number);
         let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(node);
@@ -243,7 +240,8 @@ mod tests {
         assert_eq!(host.read(gpu, "class").unwrap(), "0x030200");
         fs::write(real.join("config"), [0xff; 64]).unwrap();
         assert!(!host.answers(gpu), "all ones is a device that is gone");
-        fs::write(real.join("config"), [0x34, 0x12, 0x11, 0x11]).unwrap();
+        let virtual_function = [[0xff; 4], [0; 4], [0, 0, 2, 3]].concat();
+        fs::write(real.join("config"), virtual_function).unwrap();
         assert!(host.answers(gpu));
     }
 }

@@ -20,12 +20,13 @@ use nix::fcntl::Flock;
 use super::GpuError;
 use super::binding::{self, BRIDGES, class_of, function_now, unit_of};
 use super::choose::{Candidate, choose};
-use super::host::{KernelHost, PciHost, VFIO_PCI};
+use super::host::{KernelHost, PciHost};
 use super::record::{CrashPoint, Ledger, Owner, Record, State, Times};
 use super::report::Known;
 use super::reset;
 use crate::files::{self, FileError};
 use crate::inventory;
+use crate::pci::{self, VFIO_PCI};
 
 /// How long to wait for somebody else's work on a device: a scrub of the largest takes minutes.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3600);
@@ -80,7 +81,7 @@ impl Gpus {
     pub fn new(dir: PathBuf, boot_id: String, policy: Policy) -> Self {
         let root = Path::new("/");
         let preflight = |address: HostPciAddress| {
-            let checks = inventory::check(Path::new("/"), &[address]);
+            let checks = inventory::check(root, &[address]);
             let problem = checks.into_iter().flat_map(|check| check.problems);
             let blocks = problem.into_iter().find(|problem| problem.severity == Severity::Blocks);
             blocks.map_or(Ok(()), |problem| Err(format!("{}; {}", problem.what, problem.fix)))
@@ -113,9 +114,8 @@ impl Gpus {
     /// What may be lent by the policy, free or not.
     pub fn devices(&self) -> Vec<HostPciAddress> {
         let is_gpu = |function: &HostPciAddress| {
-            let class = class_of(&*self.host, *function);
-            let boot = self.host.read(*function, "boot_vga").is_ok_and(|text| text == "1");
-            (class >> 16 == 0x03 && !boot) || class >> 8 == 0x1200
+            let console = self.host.read(*function, "boot_vga").is_ok_and(|text| text == "1");
+            pci::is_gpu(class_of(&*self.host, *function)) && !console
         };
         match &self.policy {
             Policy::All => self.host.functions().into_iter().filter(is_gpu).collect(),

@@ -75,7 +75,7 @@ pub enum GpuError {
         free: usize,
         /// How many are being scrubbed and will be free.
         soon: usize,
-        /// What is with the others; empty or beginning with `: `.
+        /// What is with the others; empty or beginning with `; `.
         because: String,
     },
     /// The kernel refused.

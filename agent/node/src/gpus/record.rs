@@ -148,7 +148,7 @@ impl Record {
     }
 }
 
-/// Called before and after each effect, with the number of calls so far: tests end the process there.
+/// Called before and after each effect: tests end the process there.
 pub type CrashPoint = dyn Fn() + Send + Sync;
 
 /// A record and the file that holds it.

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use super::host::PciHost;
+use crate::pci::{self, Resource};
 
 /// Mapped and worked on at a time.
 const WINDOW: u64 = 64 << 20;
@@ -41,10 +42,6 @@ const MAX_THREADS: usize = 8;
 
 /// What the slowest device must manage; a child that takes longer is killed.
 const SLOWEST_BYTES_PER_SECOND: u64 = 16 << 20;
-
-/// Resource flags of the kernel (`include/linux/ioport.h`).
-const IORESOURCE_MEM: u64 = 0x200;
-const IORESOURCE_PREFETCH: u64 = 0x2000;
 
 /// A memory BAR that shows a device's own memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,23 +154,18 @@ impl ScrubError {
     }
 }
 
-/// The BARs that show memory, from the `resource` file: a line of start, end and flags each.
+/// The BARs that show memory, from the file `resource`.
 pub fn memory_bars(class: u32, resource: &str) -> Vec<Bar> {
     // Display, processing accelerators, and memory as such (shared memory devices).
     if !matches!(class >> 16, 0x03 | 0x12 | 0x05) {
         return Vec::new();
     }
-    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
-    let bars = resource.lines().take(6).enumerate().filter_map(|(index, line)| {
-        let mut fields = line.split_whitespace().map_while(number);
-        let (start, end, flags) = (fields.next()?, fields.next()?, fields.next()?);
-        let size_bytes = end.checked_sub(start)?.checked_add(1)?;
-        let memory = flags & IORESOURCE_MEM != 0 && flags & IORESOURCE_PREFETCH != 0;
-        // One without an address is not decoded; one smaller than a page cannot be mapped by itself.
-        let usable = start != 0 && start.is_multiple_of(4096) && size_bytes.is_multiple_of(4096);
-        (memory && usable).then_some(Bar { index: u8::try_from(index).ok()?, size_bytes })
-    });
-    bars.collect()
+    // One without an address is not decoded; one smaller than a page cannot be mapped by itself.
+    let usable = |bar: &Resource| {
+        bar.start != 0 && bar.start.is_multiple_of(4096) && bar.size_bytes.is_multiple_of(4096)
+    };
+    let shown = pci::resources(resource).filter(|bar| bar.is_prefetchable() && usable(bar));
+    shown.map(|Resource { index, size_bytes, .. }| Bar { index, size_bytes }).collect()
 }
 
 /// Scrubs the memory of a function that no driver has. `held_before` says whether its memory could be
@@ -190,7 +182,7 @@ pub fn scrub(
     let begun = Instant::now();
     let mut proof = Proof { zero_bytes: 0, memory_bytes, closed: Vec::new(), milliseconds: 0 };
     let read = |name: &str| host.read(function, name).map_err(ScrubError::io(format!("read {name}")));
-    let class = u32::from_str_radix(read("class")?.trim_start_matches("0x"), 16).unwrap_or(0);
+    let class = pci::class(&read("class")?);
     let bars = memory_bars(class, &read("resource")?);
     if !bars.is_empty() {
         let awake = Awake::new(host, function)?;

@@ -8,8 +8,8 @@ use lathe_api::gpu::{GpuHealth, GpuState};
 use tempfile::TempDir;
 
 use super::fake::Fake;
-use super::host::VFIO_PCI;
 use super::{GpuError, Gpus, Owner, Policy};
+use crate::pci::VFIO_PCI;
 
 const GPU: u32 = 0x030200;
 const AUDIO: u32 = 0x040300;

@@ -84,7 +84,9 @@ impl ClassInputs<'_> {
             .filter(|line| line.starts_with("flags"))
             .any(|line| line.split_whitespace().any(|flag| flag == "svm" || flag == "vmx"));
         (!hardware).then(|| {
-            "/dev/kvm is here without SVM or VMX in the CPU: it cannot boot an unmodified kernel; use a bare-metal host or one with nested virtualization".into()
+            "/dev/kvm is here without SVM or VMX in the CPU: it cannot boot an unmodified kernel; use a bare-metal \
+             host or one with nested virtualization"
+                .into()
         })
     }
 

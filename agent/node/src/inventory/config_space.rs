@@ -74,9 +74,10 @@ impl ConfigSpace {
         Some(u32::from(self.word(at)?) | u32::from(self.word(at + 2)?) << 16)
     }
 
-    /// Whether reads come back as ones: the device is gone, off, or hung.
+    /// Whether reads come back as ones: the device is gone, off, or hung. The class code tells: a virtual function's
+    /// vendor and device ID are always ones (PCIe 6.0 §9.3.4.1.1).
     pub(super) fn is_absent(&self) -> bool {
-        self.dword(0) == Some(u32::MAX)
+        self.dword(8) == Some(u32::MAX)
     }
 
     /// Whether the header is a bridge's.
@@ -179,6 +180,9 @@ pub(super) mod tests {
         assert_eq!(read(port(7, None)), (Some(PortType::PciBridge), Acs::Missing));
         assert_eq!(read(port(4, Some(0x1d))[..64].to_vec()), (None, Acs::Unreadable));
         assert!(ConfigSpace::new(vec![0xff; 64]).is_absent());
+        let mut virtual_function = vec![0; 64];
+        virtual_function[..4].fill(0xff);
+        assert!(!ConfigSpace::new(virtual_function).is_absent());
     }
 
     #[test]

@@ -1,25 +1,11 @@
 //! GPUs, from sysfs. What NVIDIA's driver adds is merged by [`super::nvml`], what stands in the way
 //! is found by [`super::preflight`], and who has one is the agent's own knowledge.
 
-use std::fs;
-
 use lathe_api::HostPciAddress;
 use lathe_api::gpu::{Bar, BarKind, Gpu, GpuHealth, GpuState, GroupMember, PcieLink};
 
 use super::HostFiles;
-
-/// Binds functions for the VMM; not a driver that a GPU goes back to.
-pub(super) const VFIO_PCI: &str = "vfio-pci";
-
-/// Base address registers of a type 0 header (PCIe 6.0 §7.5.1.2.1).
-const BARS: u8 = 6;
-
-// include/linux/ioport.h: resource flags as the file `resource` prints them.
-const IORESOURCE_IO: u64 = 0x100;
-const IORESOURCE_MEM: u64 = 0x200;
-const IORESOURCE_PREFETCH: u64 = 0x2000;
-const IORESOURCE_MEM_64: u64 = 0x0010_0000;
-const IORESOURCE_UNSET: u64 = 0x2000_0000;
+use crate::pci::{self, Resource, VFIO_PCI};
 
 /// Every GPU of the host, and those of `named` that are there, by address.
 pub(super) fn read(host: &HostFiles<'_>, named: &[HostPciAddress]) -> Vec<Gpu> {
@@ -33,13 +19,6 @@ pub(super) fn read(host: &HostFiles<'_>, named: &[HostPciAddress]) -> Vec<Gpu> {
 pub(super) struct Function<'a> {
     pub(super) host: &'a HostFiles<'a>,
     pub(super) address: HostPciAddress,
-}
-
-/// A BAR as the kernel sees it.
-pub(super) struct Resource {
-    pub(super) bar: Bar,
-    /// The kernel found no room for it.
-    pub(super) unset: bool,
 }
 
 impl Function<'_> {
@@ -61,7 +40,7 @@ impl Function<'_> {
     }
 
     pub(super) fn class(&self) -> u32 {
-        self.host.hex(self.file("class")) & 0x00ff_ffff
+        pci::class(&self.text("class"))
     }
 
     pub(super) fn driver(&self) -> Option<String> {
@@ -72,9 +51,8 @@ impl Function<'_> {
         self.host.link_name(self.file("iommu_group"))?.parse().ok()
     }
 
-    /// Display controllers (base class 0x03) and processing accelerators (0x1200).
     pub(super) fn is_gpu(&self) -> bool {
-        self.class() >> 16 == 0x03 || self.class() >> 8 == 0x1200
+        pci::is_gpu(self.class())
     }
 
     pub(super) fn is_bridge(&self) -> bool {
@@ -83,7 +61,7 @@ impl Function<'_> {
 
     fn gpu(&self) -> Gpu {
         let (vendor, device) = (self.id("vendor"), self.id("device"));
-        let bars: Vec<_> = self.resources().into_iter().map(|resource| resource.bar).collect();
+        let bars: Vec<_> = self.resources().iter().map(bar).collect();
         let driver = self.driver();
         Gpu {
             address: self.address,
@@ -110,25 +88,9 @@ impl Function<'_> {
         }
     }
 
-    /// Its BARs, from lines of start, end and flags.
+    /// Its BARs.
     pub(super) fn resources(&self) -> Vec<Resource> {
-        let text = self.text("resource");
-        let hex = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
-        let resources = (0..BARS).zip(text.lines()).filter_map(|(index, line)| {
-            let mut words = line.split_whitespace().map(hex);
-            let (start, end, flags) = (words.next()??, words.next()??, words.next()??);
-            let kind = match (flags & IORESOURCE_IO, flags & IORESOURCE_MEM, flags & IORESOURCE_MEM_64) {
-                (0, 0, _) => return None,
-                (0, _, 0) => BarKind::Memory32,
-                (0, _, _) => BarKind::Memory64,
-                _ => BarKind::Io,
-            };
-            let size_bytes = end.checked_sub(start)?.checked_add(1)?;
-            let prefetchable = flags & IORESOURCE_PREFETCH != 0;
-            let bar = Bar { index, size_bytes, kind, prefetchable };
-            Some(Resource { bar, unset: flags & IORESOURCE_UNSET != 0 })
-        });
-        resources.collect()
+        pci::resources(&self.text("resource")).collect()
     }
 
     /// The other endpoints of its IOMMU group.
@@ -150,11 +112,9 @@ impl Function<'_> {
         names.filter_map(|name| name.parse().ok()).filter(|address| *address != self.address).collect()
     }
 
-    /// The bridges above it. Its place in sysfs is its place in the tree.
+    /// The bridges above it.
     pub(super) fn bridges(&self) -> Vec<HostPciAddress> {
-        let place = fs::canonicalize(self.host.path(self.file(""))).unwrap_or_default();
-        let functions = place.components().filter_map(|part| part.as_os_str().to_str()?.parse().ok());
-        functions.filter(|address| *address != self.address).collect()
+        pci::bridges_above(&self.host.path(self.file("")), self.address)
     }
 
     pub(super) fn reset_methods(&self) -> Vec<String> {
@@ -169,6 +129,16 @@ impl Function<'_> {
             width: self.host.number(self.file("current_link_width"))?,
         })
     }
+}
+
+fn bar(resource: &Resource) -> Bar {
+    let kind = match (resource.is_io(), resource.is_wide()) {
+        (true, _) => BarKind::Io,
+        (false, true) => BarKind::Memory64,
+        (false, false) => BarKind::Memory32,
+    };
+    let Resource { index, size_bytes, .. } = *resource;
+    Bar { index, size_bytes, kind, prefetchable: resource.is_prefetchable() }
 }
 
 /// `32.0 GT/s PCIe` in megatransfers a second; none for `Unknown`.

@@ -2,27 +2,27 @@
 //!
 //! NVML's recovery action is the driver's own judgement of now, so where there is one it decides: a
 //! GPU whose fault is gone is healthy again whatever was logged. Only drivers that have none (before
-//! 570) are judged by the last Xid since the last reset. An Xid that is not in the table below makes
+//! 570) are judged by the gravest Xid since the last reset. An Xid that is not in the table below makes
 //! nothing unhealthy: NVIDIA adds some with every generation, and most concern the program that ran.
 
 use lathe_api::gpu::{GpuHealth, NvmlInfo, RecoveryAction};
 
-/// What an Xid asks for: the immediate action in NVIDIA's Xid catalogue
-/// (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an Xid asks for, the most urgent last: the immediate action ("resolution bucket") in NVIDIA's Xid catalogue
+/// for Ampere and later (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum XidClass {
-    /// The program that ran is at fault or must start again; the GPU is not.
+    /// The program that ran is at fault or must start again; the GPU is not (`RESTART_APP`).
     Application,
-    /// Told for the record.
+    /// Told for the record (`IGNORE`).
     Informational,
-    /// Somebody should look at it soon.
+    /// Somebody should look at it soon: what to do depends on more than the number.
     Attention,
-    /// A reset makes it work again.
+    /// A reset makes it work again (`RESET_GPU`).
     Reset,
-    /// The host has to be restarted.
-    Reboot,
-    /// It is broken: NVIDIA's support decides whether it is returned.
+    /// A reset makes it work again, and NVIDIA's support decides whether it is returned.
     Replace,
+    /// The host has to be restarted (`RESTART_BM`).
+    Reboot,
 }
 
 /// The class of an Xid, with what it is; none for those that are not listed.
@@ -33,21 +33,25 @@ pub(super) fn classify(xid: u32) -> Option<(XidClass, &'static str)> {
         11 | 25 | 32 => (Application, "invalid or corrupted push buffer"),
         13 => (Application, "graphics engine exception"),
         31 => (Application, "memory page fault"),
-        37 => (Application, "driver firmware error in a channel"),
-        43 => (Application, "a channel was stopped"),
+        // Follows from another error, or from the end of a program.
         45 => (Application, "a channel was removed after an earlier error"),
-        68 => (Application, "video processor exception"),
+        68 => (Application, "video decoder exception"),
         69 => (Application, "graphics engine class error"),
         94 => (Application, "contained memory error"),
+        37 => (Informational, "driver firmware error in a channel"),
+        43 => (Informational, "a channel was stopped"),
         63 => (Informational, "a memory row was remapped"),
         92 => (Informational, "many corrected memory errors"),
-        121 => (Informational, "corrected error between chips"),
+        121 => (Informational, "corrected error on the link to the CPU"),
         // Says only that the recovery action changed, which NVML tells.
         154 => (Informational, "the recovery action changed"),
+        // `CHECK_MECHANICALS`.
         54 => (Attention, "auxiliary power is missing"),
+        // Workflows that go by registers in the rest of the line: from nothing to a reset of all that the link joins.
         74 => (Attention, "NVLink error"),
         144..=150 => (Attention, "NVLink error"),
         46 => (Reset, "the GPU stopped processing"),
+        // A workflow, of which each way begins with a reset.
         48 => (Reset, "uncorrectable memory error"),
         62 => (Reset, "the internal microcontroller halted"),
         95 => (Reset, "uncontained memory error"),
@@ -55,14 +59,22 @@ pub(super) fn classify(xid: u32) -> Option<(XidClass, &'static str)> {
         110 => (Reset, "security fault"),
         119 => (Reset, "the GPU's system processor does not answer"),
         120 => (Reset, "the GPU's system processor failed"),
-        123 => (Reset, "power management does not answer"),
         136 => (Reset, "link training failed"),
         140 => (Reset, "unrecovered memory error"),
         143 => (Reset, "initialisation failed"),
+        155 => (Reset, "an NVLink went down"),
+        156 => (Reset, "a part of the GPU was retired"),
+        158 => (Reset, "fatal timeout"),
+        // `RESET_GPU`, then `CONTACT_SUPPORT`: a repair failed, which is worth a word even after the reset.
+        64 => (Replace, "a memory row could not be remapped"),
         79 => (Reboot, "the GPU fell off the bus"),
-        64 => (Replace, "no spare memory rows are left to remap to"),
         _ => return None,
     })
+}
+
+/// What an Xid asks of whoever runs the host, if anything: an order among those that follow each other.
+pub(super) fn urgency(xid: u32) -> Option<XidClass> {
+    classify(xid).map(|(class, _)| class).filter(|class| *class >= XidClass::Attention)
 }
 
 /// The judgement of one GPU.
@@ -72,7 +84,7 @@ pub(super) fn assess(nvml: &NvmlInfo) -> GpuHealth {
         None => (None, format!("Xid {xid}")),
     });
     let because = match &xid {
-        Some((_, xid)) => format!(" (last in the kernel log: {xid})"),
+        Some((_, xid)) => format!(" (in the kernel log: {xid})"),
         None => String::new(),
     };
     match nvml.recovery_action {
@@ -140,7 +152,8 @@ mod tests {
 
     #[test]
     fn programs_faults_and_unknown_xids_leave_a_gpu_healthy() {
-        for xid in [13, 31, 43, 45, 63, 94, 154, 7, 133, 999, u32::MAX] {
+        // 123 is listed as unused.
+        for xid in [13, 31, 43, 45, 63, 94, 154, 7, 123, 133, 999, u32::MAX] {
             assert_eq!(gpu(None, Some(xid)), GpuHealth::Healthy, "Xid {xid}");
         }
         assert_eq!(gpu(None, None), GpuHealth::Healthy);

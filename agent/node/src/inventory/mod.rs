@@ -17,6 +17,7 @@ mod xid;
 pub use classes::{ClassInputs, classes};
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use lathe_api::gpu::{DeviceCheck, Gpu};
@@ -65,7 +66,7 @@ fn gpus(host: &HostFiles<'_>, devices: &[HostPciAddress]) -> Vec<Gpu> {
 /// health; what it once said of the others is in the file `known`. Where it runs none the program is
 /// not started. May take a minute.
 pub fn ask_nvml(root: &Path, gpus: &mut [Gpu], nvml: &Path, known: &Path) {
-    nvml::enrich(gpus, nvml, nvml::LIMIT, || xid::last_xids(root));
+    nvml::enrich(gpus, nvml, nvml::LIMIT, || xid::gravest_xids(root));
     known::complete(gpus, known);
 }
 
@@ -112,6 +113,14 @@ impl HostFiles<'_> {
         crate::files::read_bounded(&self.path(path), 4 << 20).unwrap_or_default()
     }
 
+    /// Whether a line of a file contains `words`. The file is read as far as that, whatever its size: on hosts with
+    /// hundreds of CPUs `/proc/interrupts` has many MiB.
+    fn has(&self, path: impl AsRef<Path>, words: &str) -> bool {
+        let Ok(file) = fs::File::open(self.path(path)) else { return false };
+        let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
+        lines.into_iter().any(|line| String::from_utf8_lossy(&line).contains(words))
+    }
+
     fn number<T: std::str::FromStr>(&self, path: impl AsRef<Path>) -> Option<T> {
         self.text(path).parse().ok()
     }
@@ -130,8 +139,7 @@ impl HostFiles<'_> {
 
     /// The last component that a link points to, such as a device's driver.
     fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
-        let target = fs::read_link(self.path(path)).ok()?;
-        target.file_name()?.to_str().map(str::to_owned)
+        crate::files::link_name(&self.path(path))
     }
 }
 

@@ -5,13 +5,14 @@
 use std::collections::BTreeSet;
 
 use lathe_api::HostPciAddress;
-use lathe_api::gpu::{BarKind, DeviceCheck, GpuProblem, GroupMember, Severity};
+use lathe_api::gpu::{DeviceCheck, GpuProblem, GroupMember, Severity};
 
 use super::HostFiles;
 use super::config_space::{Acs, ConfigSpace, PortType};
-use super::gpus::{Function, VFIO_PCI};
+use super::gpus::Function;
 use super::room::{AddressSpace, room_for};
 use super::users::Users;
+use crate::pci::VFIO_PCI;
 
 const NVIDIA: u16 = 0x10de;
 
@@ -89,7 +90,8 @@ impl<'a> Preflight<'a> {
         }
         Some(warns(
             format!("the host has {} NVSwitches, which join its GPUs", self.nvswitches),
-            "run Fabric Manager in its shared NVSwitch mode and activate the partition of the GPUs that a guest gets; alone, a GPU may wait for the fabric for ever",
+            "run Fabric Manager in its shared NVSwitch mode and activate the partition of the GPUs that a guest \
+             gets; alone, a GPU may wait for the fabric for ever",
         ))
     }
 }
@@ -144,7 +146,7 @@ fn interrupt_remapping(host: &HostFiles<'_>) -> Option<GpuProblem> {
         return None;
     }
     // The kernel's names of interrupt chips behind remapping begin so, on Intel and AMD alike.
-    if host.text("proc/interrupts").contains("IR-") {
+    if host.has("proc/interrupts", "IR-") {
         return None;
     }
     let what = "interrupt remapping is off: a guest could raise any interrupt of the host";
@@ -183,15 +185,12 @@ fn group(function: &Function<'_>) -> Vec<GpuProblem> {
         let others_have = !function.host.names("sys/kernel/iommu_groups").is_empty();
         let problem = blocks(
             "the kernel gave it no IOMMU group",
-            "its root complex is behind no IOMMU: boot without iommu exclusions such as intel_iommu=igfx_off, or move the card",
+            "its root complex is behind no IOMMU: boot without iommu exclusions such as intel_iommu=igfx_off, or \
+             move the card",
         );
         return others_have.then_some(problem).into_iter().collect();
     };
-    let address = function.address;
-    let same_card = |member: &GroupMember| {
-        (member.address.domain(), member.address.bus(), member.address.device())
-            == (address.domain(), address.bus(), address.device())
-    };
+    let same_card = |member: &GroupMember| member.address.shares_device(function.address);
     let (own, foreign): (Vec<_>, Vec<_>) = function.group_members().into_iter().partition(same_card);
     let name = |member: &GroupMember| {
         let driver = member.driver.as_deref().unwrap_or("none");
@@ -202,7 +201,8 @@ fn group(function: &Function<'_>) -> Vec<GpuProblem> {
     if !foreign.is_empty() {
         problems.push(blocks(
             format!("it shares IOMMU group {group} with {}", list(&foreign)),
-            "pass all of them to one guest, move the card below a root port of its own, or enable ACS in the firmware's settings",
+            "pass all of them to one guest, move the card below a root port of its own, or enable ACS in the \
+             firmware's settings",
         ));
     }
     if !own.is_empty() {
@@ -248,7 +248,8 @@ fn boot_vga(function: &Function<'_>) -> Option<GpuProblem> {
     (function.text("boot_vga") == "1").then(|| {
         blocks(
             "the host's console is on it (boot VGA)",
-            "make another adapter, such as the management controller's, the primary one in the firmware's settings",
+            "make another adapter, such as the management controller's, the primary one in the firmware's \
+             settings",
         )
     })
 }
@@ -277,14 +278,14 @@ fn reset(function: &Function<'_>) -> Option<GpuProblem> {
 fn bars(function: &Function<'_>) -> Vec<GpuProblem> {
     let space = AddressSpace::read(function);
     let problems = function.resources().into_iter().filter_map(|resource| {
-        let (index, size) = (resource.bar.index, resource.bar.size_bytes);
-        if resource.unset {
+        let (index, size) = (resource.index, resource.size_bytes);
+        if resource.is_unset() {
             return Some(blocks(
                 format!("BAR {index} of {} has no address: the host ran out of room", size_name(size)),
                 "enable Above 4G Decoding in the firmware's settings, or boot with pci=realloc",
             ));
         }
-        let fits = resource.bar.kind != BarKind::Memory64 || room_for(size, space.bits(), &space.reserved);
+        let fits = resource.is_io() || !resource.is_wide() || room_for(size, space.bits(), &space.reserved);
         (!fits).then(|| {
             blocks(
                 format!(

@@ -93,6 +93,14 @@ fn what_the_host_lacks_is_named_with_its_remedy() {
 }
 
 #[test]
+fn interrupts_of_hundreds_of_cpus_are_read() {
+    // A line has 11 characters a CPU.
+    let line = format!("  1: {} IR-IO-APIC   1-edge   i8042\n", "         0 ".repeat(512));
+    let long = two_gpus().file("proc/interrupts", line.repeat(1000));
+    assert_eq!(lines(&long, GPU), [] as [&str; 0]);
+}
+
+#[test]
 fn devices_that_cannot_be_taken_or_cleaned_are_refused() {
     has(&two_gpus().file_of(CARD, "boot_vga", "1\n"), CARD, "blocks", &["console", "boot vga"]);
     has(&two_gpus().file_of(GPU, "reset_method", "\n"), GPU, "blocks", &["no way to reset"]);

@@ -8,8 +8,9 @@ use std::path::Path;
 use lathe_api::gpu::GpuProblem;
 
 use super::HostFiles;
-use super::gpus::{Function, VFIO_PCI};
+use super::gpus::Function;
 use super::preflight::blocks;
+use crate::pci::VFIO_PCI;
 
 /// At most so many are named; more would make a page of a line.
 const SHOWN: usize = 3;

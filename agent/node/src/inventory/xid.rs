@@ -8,14 +8,17 @@ use std::path::Path;
 
 use lathe_api::HostPciAddress;
 
+use super::health::urgency;
+
 /// A record is cut off by the kernel at 1 KiB of text (`PRINTKRB_RECORD_MAX`), escapes included.
 const RECORD: usize = 8192;
 
 /// The kernel's buffer holds a few MiB; a log that grows as fast as it is read must not hold us.
 const MAX_RECORDS: usize = 1 << 17;
 
-/// The last Xid of each GPU that the kernel still remembers. None where the log cannot be read.
-pub(super) fn last_xids(root: &Path) -> BTreeMap<HostPciAddress, u32> {
+/// The gravest Xid of each GPU that the kernel still remembers, the last one of those that ask for the same. None where
+/// the log cannot be read.
+pub(super) fn gravest_xids(root: &Path) -> BTreeMap<HostPciAddress, u32> {
     let mut found = BTreeMap::new();
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(root.join("dev/kmsg"));
     let Ok(mut log) = opened else { return found };
@@ -40,7 +43,11 @@ fn note(line: &str, found: &mut BTreeMap<HostPciAddress, u32>) {
     if line.contains("NVRM: loading NVIDIA") {
         found.clear();
     } else if let Some((address, xid)) = parse(line) {
-        found.insert(address, xid);
+        // The catalogue has some follow from others: 45 from 95, 154 from any. They must not hide what came first.
+        let gravest = found.entry(address).or_insert(xid);
+        if urgency(xid) >= urgency(*gravest) {
+            *gravest = xid;
+        }
     } else if let Some(address) = reset(line) {
         found.remove(&address);
     }
@@ -66,13 +73,15 @@ mod tests {
     use crate::inventory::fake::FakeHost;
 
     #[test]
-    fn the_last_xid_of_each_gpu_counts_until_a_reset_or_a_new_driver() {
+    fn the_gravest_xid_of_each_gpu_counts_until_a_reset_or_a_new_driver() {
         let log = "6,1,10,-;NVRM: Xid (PCI:0000:65:00): 13, pid=4, name=python3\n\
                    6,2,11,-;NVRM: Xid (PCI:0000:65:00): 79, pid='<unknown>', name=<unknown>\n\
+                   6,3,12,-;NVRM: Xid (PCI:0000:65:00): 154, GPU recovery action changed\n\
+                   6,3,12,-;NVRM: Xid (PCI:0000:66:00): 13, pid=4, name=python3\n\
                    6,3,12,-;NVRM: Xid (PCI:0000:66:00): 31\n\
                    6,4,13,-;NVRM: Xid (PCI:nonsense): 5, x\n\
                    6,5,14,-;NVRM: Xid (PCI:0000:67:00): 99999999999, x\n";
-        let read = |log: String| last_xids(FakeHost::new().file("dev/kmsg", log).root());
+        let read = |log: String| gravest_xids(FakeHost::new().file("dev/kmsg", log).root());
         let address = |text: &str| text.parse::<HostPciAddress>().unwrap();
         let xids = read(log.to_owned());
         assert_eq!(
@@ -83,6 +92,6 @@ mod tests {
         assert_eq!(read(reset).into_keys().collect::<Vec<_>>(), [address("0000:66:00.0")]);
         let loaded = format!("{log}4,6,15,-;NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.1\n");
         assert!(read(loaded).is_empty());
-        assert!(last_xids(FakeHost::new().root()).is_empty());
+        assert!(gravest_xids(FakeHost::new().root()).is_empty());
     }
 }

@@ -11,6 +11,7 @@ use lathe_vmm::config::{
     NetworkConfig, PassthroughConfig, VfioConfig, VhostMode, VmConfig, VsockConfig,
 };
 
+use super::numa;
 use crate::files;
 use crate::network::address::{mac_of, mac_text};
 
@@ -22,7 +23,7 @@ const CONSOLE_LIMIT: MemorySize = MemorySize::from_mib(1);
 const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable random.trust_cpu=on";
 
 /// Guest memory comes in pieces of this size.
-const GRANULE: u64 = 2 << 20;
+pub(super) const GRANULE: u64 = 2 << 20;
 
 /// Kernel, initramfs and command line of Linux microVMs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub struct MachineParts<'a> {
     pub console: &'a Path,
     /// Functions of the host that it gets, bound to `vfio-pci`.
     pub passthrough: &'a [HostPciAddress],
+    /// The host's files: `/` but in tests.
+    pub root: &'a Path,
 }
 
 /// The machine of `spec`.
@@ -76,17 +79,16 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
         read_only: serial != "overlay",
         io: DiskIo::Auto,
     };
+    let cpus = u8::try_from(spec.resources.cpus).unwrap_or(u8::MAX);
+    let memory = MemorySize::from_bytes(spec.resources.memory.bytes().next_multiple_of(GRANULE));
     VmConfig {
         boot: BootConfig {
             kernel: parts.guest.kernel.clone(),
             initramfs: Some(parts.guest.initramfs.clone()),
             cmdline: parts.guest.cmdline.clone(),
         },
-        cpus: CpuConfig { count: u8::try_from(spec.resources.cpus).unwrap_or(u8::MAX), topology: None },
-        memory: MemoryConfig {
-            size: MemorySize::from_bytes(spec.resources.memory.bytes().next_multiple_of(GRANULE)),
-            hugepages: None,
-        },
+        cpus: CpuConfig { count: cpus, topology: None },
+        memory: MemoryConfig { size: memory, hugepages: None },
         disks: parts.disks.iter().map(disk).collect(),
         networks: vec![NetworkConfig {
             id: "net0".into(),
@@ -99,7 +101,7 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
         passthrough: passthrough(parts.passthrough),
         vfio: VfioConfig::default(),
         hotplug_slots: 0,
-        numa: Vec::new(),
+        numa: numa::near(parts.root, parts.passthrough, cpus, memory),
         // Unique on the host, although each VMM has its own socket: it reads well in a guest's log.
         vsock: Some(VsockConfig { cid: cid(parts.address), socket: parts.vsock.to_owned() }),
         rng: true,
@@ -110,10 +112,9 @@ pub fn vm_config(spec: &SandboxSpec, parts: &MachineParts<'_>) -> VmConfig {
 
 /// `gpu0`, `gpu1`, ... for devices; the further functions of one are `gpu0-1`, `gpu0-2`, ...
 fn passthrough(functions: &[HostPciAddress]) -> Vec<PassthroughConfig> {
-    let slot = |address: &HostPciAddress| (address.domain(), address.bus(), address.device());
     let (mut device, mut further) = (0, 0);
     let config = functions.iter().enumerate().map(|(index, address)| {
-        let new = index.checked_sub(1).is_none_or(|before| slot(&functions[before]) != slot(address));
+        let new = index.checked_sub(1).is_none_or(|before| !functions[before].shares_device(*address));
         (device, further) = if new { (device + 1, 0) } else { (device, further + 1) };
         let id =
             if further == 0 { format!("gpu{}", device - 1) } else { format!("gpu{}-{further}", device - 1) };
@@ -145,6 +146,7 @@ mod tests {
             vsock: Path::new("/run/lathe/s/0123456789ab/vsock"),
             console: Path::new("/var/lib/lathe/sandboxes/a-0-1/console.log"),
             passthrough: &[],
+            root: Path::new("/"),
         };
         let config = vm_config(&spec("a-0-1"), &parts);
         insta::assert_snapshot!(serde_json::to_string_pretty(&config).unwrap());

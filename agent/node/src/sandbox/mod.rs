@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | this one | the task, the same for every class |
 //! | [`machine`] | the microVM around it (`vm.json`) |
+//! | [`numa`] | its memory near its GPUs |
 //! | [`prepare`] | makes on the host what a sandbox needs, step by step, and starts its supervisor |
 //! | [`devices`] | the GPUs among that |
 //! | [`cleanup`] | takes all of it away again |
@@ -12,6 +13,7 @@
 pub mod cleanup;
 pub mod devices;
 pub mod machine;
+mod numa;
 pub mod observe;
 pub mod prepare;
 

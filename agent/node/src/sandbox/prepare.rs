@@ -212,6 +212,7 @@ async fn make(
             vsock: &vsock,
             console: &console,
             passthrough: &passthrough,
+            root: Path::new("/"),
         };
         let config = dir.join("vm.json");
         files::write_json(&config, &vm_config(spec, &parts))?;

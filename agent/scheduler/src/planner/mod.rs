@@ -159,12 +159,14 @@ impl Planner {
     /// What runs, and counts it.
     fn runs(&mut self, cluster: &Cluster, now_ms: u64, accounts: &mut Accounts) -> Vec<Run> {
         let mut runs = Vec::with_capacity(cluster.running().len());
+        self.estimator.begin();
         for running in cluster.running().values() {
             let item = self.known.item(&running.gang, &self.pools.by_name, &mut self.estimator, cluster);
             if let Some(pool) = item.pool {
                 let line = &self.known.tenants[item.tenant as usize].line;
                 accounts.add(&self.pools.lines[pool], line, &accounts::used_by(&item, &running.tasks));
             }
+            self.estimator.runs(&item.similar, now_ms.saturating_sub(running.started_ms));
             let (end_ms, known) = self.end(running, &item, now_ms);
             runs.push(Run { item, end_ms, known });
         }

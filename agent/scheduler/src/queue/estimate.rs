@@ -6,6 +6,10 @@
 //! next broader group says (shrinkage, as in empirical Bayes methods: Efron and Morris, 1975), so that
 //! one odd gang of a new kind decides nothing.
 //!
+//! Gangs of one tenant and size that come within minutes of each other are a *burst*: the runs of one
+//! sweep or script. How much longer or shorter than expected the first of a burst ran, the others
+//! probably will, too; and while they still run, that they do is known already.
+//!
 //! Users' estimates are corrected by what theirs were worth so far, tenant by tenant: who always asks
 //! for twice what he needs is believed half. A gang that outlives its estimate is estimated again
 //! among those that lived as long.
@@ -24,6 +28,12 @@ const RATIO_SHRINKAGE: f64 = 4.0;
 const PRIOR_MS: f64 = 3_600_000.0;
 /// The variance of its logarithm, about a factor of five up or down.
 const PRIOR_VARIANCE: f64 = 2.5;
+/// Gangs of a burst come no further from each other, milliseconds.
+const BURST_GAP_MS: u64 = 600_000;
+/// Bursts of a tenant and size that are remembered.
+const BURSTS: usize = 64;
+/// As many gangs of a burst as what is expected without it counts for.
+const BURST_SHRINKAGE: f64 = 1.0;
 /// Groups that are remembered: kinds are users' words, which do not end.
 const MOST_GROUPS: usize = 200_000;
 
@@ -32,6 +42,10 @@ const MOST_GROUPS: usize = 200_000;
 pub struct Estimator {
     groups: Vec<Group>,
     index: HashMap<Key, u32>,
+    /// By tenant and GPUs.
+    bursts: HashMap<(String, u64), Vec<Burst>>,
+    /// By group of a burst: how many outlived what was expected, and the sum of the logarithms.
+    outlived: HashMap<u32, (f64, f64)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -68,11 +82,21 @@ impl Group {
     }
 }
 
+/// Gangs that came together.
+#[derive(Clone, Copy, Debug)]
+struct Burst {
+    first_ms: u64,
+    last_ms: u64,
+    /// How much longer its gangs ran than was expected without it.
+    residuals: u32,
+}
+
 /// The groups of a gang, broad to narrow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Similar {
     durations: [u32; 5],
     ratios: [u32; 2],
+    burst: u32,
 }
 
 /// How long a gang will run.
@@ -101,7 +125,65 @@ impl Estimator {
                 self.group(Key::Ratio(tenant.clone())),
                 self.group(Key::RatioKind(tenant.clone(), kind.clone())),
             ],
+            burst: self.burst(tenant, gpus, gang.submitted_ms),
         }
+    }
+
+    fn burst(&mut self, tenant: &str, gpus: u64, at_ms: u64) -> u32 {
+        let next = u32::try_from(self.groups.len()).unwrap_or(u32::MAX);
+        let bursts = self.bursts.entry((tenant.to_owned(), gpus)).or_default();
+        let near = |burst: &&mut Burst| {
+            at_ms.saturating_add(BURST_GAP_MS) >= burst.first_ms
+                && at_ms <= burst.last_ms.saturating_add(BURST_GAP_MS)
+        };
+        if let Some(burst) = bursts.iter_mut().rev().find(near) {
+            (burst.first_ms, burst.last_ms) = (at_ms.min(burst.first_ms), at_ms.max(burst.last_ms));
+            return burst.residuals;
+        }
+        if bursts.len() >= BURSTS {
+            bursts.remove(0);
+        }
+        bursts.push(Burst { first_ms: at_ms, last_ms: at_ms, residuals: next });
+        self.groups.push(Group::default());
+        next
+    }
+
+    /// A cycle begins: [`Estimator::runs`] says anew what runs.
+    pub fn begin(&mut self) {
+        self.outlived.clear();
+    }
+
+    /// A gang runs still, after so long: that says something of its burst.
+    pub fn runs(&mut self, similar: &Similar, ran_ms: u64) {
+        let log = (ran_ms.max(1) as f64).ln();
+        let (mean, variance) = self.expected(similar);
+        if log > mean {
+            // The end is later than now by as much as it is surprising.
+            let residual = log - mean + variance.sqrt() / 2.0;
+            let outlived = self.outlived.entry(similar.burst).or_default();
+            *outlived = (outlived.0 + 1.0, outlived.1 + residual);
+        }
+    }
+
+    /// Mean and variance of a gang's logarithm, whatever its burst.
+    fn expected(&self, similar: &Similar) -> (f64, f64) {
+        self.shrunk(&similar.durations, (PRIOR_MS.ln(), PRIOR_VARIANCE), SHRINKAGE)
+    }
+
+    /// The same, with what is known of its burst.
+    fn expected_in_burst(&self, similar: &Similar) -> (f64, f64) {
+        let (mean, variance) = self.expected(similar);
+        let burst = &self.groups[similar.burst as usize];
+        let (outlived, sum) = self.outlived.get(&similar.burst).copied().unwrap_or_default();
+        let ended = burst.logs.len() as f64;
+        let count = ended + outlived;
+        if count == 0.0 {
+            return (mean, variance);
+        }
+        let residual = (burst.mean * ended + sum) / count;
+        let weight = count / (count + BURST_SHRINKAGE);
+        let certain = ended / (ended + BURST_SHRINKAGE + 1.0);
+        (mean + weight * residual, variance + certain * (burst.variance - variance))
     }
 
     fn group(&mut self, key: Key) -> u32 {
@@ -116,6 +198,7 @@ impl Estimator {
         if self.groups.len() <= MOST_GROUPS {
             return false;
         }
+        self.bursts.clear();
         // Groups that gangs ended in are worth keeping, and broad ones are few.
         let mut keys: Vec<(Key, u32)> = self.index.drain().collect();
         keys.retain(|(_, group)| !self.groups[*group as usize].logs.is_empty());
@@ -134,9 +217,11 @@ impl Estimator {
     pub fn ended(&mut self, gang: &Gang, ran_ms: u64) {
         let similar = self.similar(gang);
         let log = (ran_ms.max(1) as f64).ln();
+        let residual = log - self.expected(&similar).0;
         for group in similar.durations {
             self.groups[group as usize].learn(log);
         }
+        self.groups[similar.burst as usize].learn(residual);
         if let Some(estimate) = gang.estimate_ms {
             let ratio = log - (estimate.max(1) as f64).ln();
             for group in similar.ratios {
@@ -154,7 +239,7 @@ impl Estimator {
             return Estimate { mean_ms: mean.max(1), known: true };
         }
         let known = !self.groups[similar.durations[0] as usize].logs.is_empty();
-        let (mean, variance) = self.shrunk(&similar.durations, (PRIOR_MS.ln(), PRIOR_VARIANCE), SHRINKAGE);
+        let (mean, variance) = self.expected_in_burst(similar);
         // The mean of a log-normal distribution, for what is minimized is a sum.
         let mean_ms = (mean + variance.min(2.0 * PRIOR_VARIANCE) / 2.0).exp();
         Estimate { mean_ms: (mean_ms as u64).max(1), known }

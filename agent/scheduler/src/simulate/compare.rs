@@ -3,7 +3,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use serde::Serialize;
+
+use super::arrivals::{self, TraceNode, TraceTask};
 use super::events::{Job, Options, simulate};
+use super::metrics;
 use super::outcome::Figures;
 use super::scenario::{self, Arrivals, Estimates};
 use crate::model::Node;
@@ -20,6 +24,68 @@ pub struct Choice {
     pub placement: Strategy,
     /// What is known of how long gangs run.
     pub estimates: Estimates,
+}
+
+/// Figures of one placement by the procedure of [`super::arrivals`], over several seeds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ArrivalFigures {
+    /// Percent of the GPUs that was allocated when so many percent of them had been asked for, from 0 on:
+    /// the mean over the seeds.
+    pub percent_gpu_allocated: Vec<f64>,
+    /// Percent of the GPUs that was free in pieces too small for typical tasks then.
+    pub percent_gpu_fragmented: Vec<f64>,
+    /// Allocated when as much had been asked for as there is, by seed.
+    pub percent_gpu_allocated_at_100: Spread,
+    /// Pods that arrived, and those that were placed: the means.
+    pub arrived: f64,
+    /// See `arrived`.
+    pub placed: f64,
+}
+
+/// A figure over several seeds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Spread {
+    /// Their mean.
+    pub mean: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+    /// In the order of the seeds.
+    pub by_seed: Vec<f64>,
+}
+
+impl Spread {
+    fn of(by_seed: Vec<f64>) -> Self {
+        let fold = |with: fn(f64, f64) -> f64| by_seed.iter().copied().reduce(with).unwrap_or_default();
+        let mean = metrics::mean(by_seed.iter().copied());
+        Self { mean, min: fold(f64::min), max: fold(f64::max), by_seed }
+    }
+}
+
+/// Runs the procedure with each seed; `options.seed` does not matter.
+pub fn arrivals(
+    nodes: &[TraceNode],
+    tasks: &[TraceTask],
+    options: arrivals::Options,
+    seeds: &[u64],
+) -> ArrivalFigures {
+    let run = |&seed: &u64| arrivals::arrivals(nodes, tasks, arrivals::Options { seed, ..options });
+    let runs: Vec<arrivals::Outcome> = seeds.iter().map(run).collect();
+    // As far as every run went.
+    let curve = |of: fn(&arrivals::Outcome) -> &Vec<f64>| -> Vec<f64> {
+        let length = runs.iter().map(|run| of(run).len()).min().unwrap_or(0);
+        (0..length).map(|at| metrics::mean(runs.iter().map(|run| of(run)[at]))).collect()
+    };
+    ArrivalFigures {
+        percent_gpu_allocated: curve(|run| &run.percent_gpu_allocated),
+        percent_gpu_fragmented: curve(|run| &run.percent_gpu_fragmented),
+        percent_gpu_allocated_at_100: Spread::of(
+            runs.iter().map(arrivals::Outcome::at_full_demand).collect(),
+        ),
+        arrived: metrics::mean(runs.iter().map(|run| run.arrived as f64)),
+        placed: metrics::mean(runs.iter().map(|run| run.placed as f64)),
+    }
 }
 
 /// The same for every way.

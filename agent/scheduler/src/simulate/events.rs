@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::metrics::Step;
 use super::outcome::{JobTimes, Outcome};
 use crate::model::{Cluster, Gang, Node, Offer, Running};
+use crate::placement::{Demand, fragmented_milli};
 use crate::plan::{Plan, Resize};
 use crate::planner::Planner;
 use crate::policy;
@@ -19,6 +20,9 @@ const CYCLES_AT_ONCE: u32 = 100;
 /// Runs of one job, after which it is given up: without checkpoints, on nodes that fail often enough,
 /// a long one never ends.
 const RUNS: u32 = 10_000;
+
+/// Measurements of fragmentation while jobs arrive.
+const MEASUREMENTS: u64 = 400;
 
 /// One job of a simulation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +88,8 @@ struct State {
     estimate_ms: Option<u64>,
     /// Thousandths of GPUs of a task, once it was placed.
     task_milli: u64,
+    /// Thousandths of GPUs that it has now.
+    has_milli: u64,
     /// Counts changes of its run, to tell outdated events.
     run: u32,
     stage: Stage,
@@ -129,6 +135,12 @@ struct Simulation {
     result: Outcome,
     steps: Vec<Step>,
     allocated_milli: u64,
+    /// What fragmentation is measured against, what it was, and when it is measured again: it is a look
+    /// at all nodes.
+    demand: Demand,
+    fragmented_milli: f64,
+    measure_ms: u64,
+    measure_every_ms: u64,
 }
 
 impl Simulation {
@@ -141,6 +153,8 @@ impl Simulation {
             .collect();
         let mut random = fastrand::Rng::with_seed(options.seed);
         let first = jobs.first().map_or(0, |job| job.gang.submitted_ms);
+        let last = jobs.last().map_or(0, |job| job.gang.submitted_ms);
+        let demand = Demand::of(jobs.iter().map(|job| (&job.gang.task, f64::from(job.gang.tasks.max))));
         if let Some(failures) = options.failures {
             for node in 0..u32::try_from(nodes.len()).unwrap_or(u32::MAX) {
                 events
@@ -168,6 +182,10 @@ impl Simulation {
             cycles_at_once: 0,
             steps: Vec::new(),
             allocated_milli: 0,
+            fragmented_milli: 0.0,
+            measure_ms: first,
+            measure_every_ms: (last - first) / MEASUREMENTS,
+            demand,
         }
     }
 
@@ -271,9 +289,8 @@ impl Simulation {
         self.worked(job);
         let state = &mut self.states[job];
         state.run += 1;
-        if let Some(running) = self.cluster.end(&state.job.gang.id) {
-            self.allocated_milli -= gpu_milli(&running);
-        }
+        self.cluster.end(&state.job.gang.id);
+        self.has(job, 0);
     }
 
     /// Counts the work since a job was last looked at.
@@ -347,7 +364,7 @@ impl Simulation {
             let milli = self.cluster.running().get(&start.gang.id).map_or(0, gpu_milli);
             let tasks = u32::try_from(start.tasks.len()).unwrap_or(u32::MAX);
             state.task_milli = milli / u64::from(tasks.max(1));
-            self.allocated_milli += milli;
+            self.has(job, milli);
             self.go_on(job, tasks);
         }
         let states = &self.states;
@@ -395,31 +412,45 @@ impl Simulation {
         self.events.push(Reverse((gone_ms, Event::Stopped(job, state.run))));
     }
 
-    /// A gang has other places from now on; its work goes on with them.
+    /// A gang is as large as it is planned to be from now on; its work goes on. What comes to it the
+    /// planner has added; what goes, it leaves to us, who do not wait for its tasks to stop.
     fn resize(&mut self, resize: &Resize) {
         let Some(&job) = self.by_id.get(&resize.gang) else { return };
-        if !matches!(self.states[job].stage, Stage::Running { .. }) {
-            return;
-        }
+        let Stage::Running { tasks: before, .. } = self.states[job].stage else { return };
         self.worked(job);
         self.result.resizes += 1;
         let Some(mut running) = self.cluster.end(&resize.gang) else { return };
-        self.allocated_milli -= gpu_milli(&running);
         let mut ranks = 0..;
         running.tasks.retain(|_| ranks.next().is_some_and(|rank| !resize.remove.contains(&rank)));
-        running.tasks.extend(resize.add.iter().cloned());
-        let (milli, tasks) = (gpu_milli(&running), u32::try_from(running.tasks.len()).unwrap_or(u32::MAX));
+        let tasks = u32::try_from(running.tasks.len()).unwrap_or(u32::MAX);
+        running.expected_end_ms = running.expected_end_ms.map(|end| {
+            let left = end.saturating_sub(self.now_ms).saturating_mul(before.into());
+            self.now_ms.saturating_add(left / u64::from(tasks.max(1)))
+        });
+        self.has(job, gpu_milli(&running));
         if self.cluster.start(running).is_ok() {
-            self.allocated_milli += milli;
             self.go_on(job, tasks);
+        }
+        if !resize.remove.is_empty() {
+            self.events.push(Reverse((self.now_ms, Event::Cycle)));
         }
     }
 
+    /// A job has so many thousandths of GPUs from now on.
+    fn has(&mut self, job: usize, milli: u64) {
+        self.allocated_milli += milli;
+        self.allocated_milli -= std::mem::replace(&mut self.states[job].has_milli, milli);
+    }
+
     fn record(&mut self) {
+        if self.now_ms >= self.measure_ms {
+            self.fragmented_milli = fragmented_milli(&self.cluster, &self.demand);
+            self.measure_ms = self.now_ms + self.measure_every_ms;
+        }
         let step = Step {
             from_ms: self.now_ms,
             allocated_milli: self.allocated_milli,
-            fragmented_milli: 0.0,
+            fragmented_milli: self.fragmented_milli,
             waiting: self.waiting.len(),
         };
         match self.steps.last_mut() {
@@ -451,6 +482,7 @@ impl State {
             left: 0,
             estimate_ms: job.gang.estimate_ms,
             task_milli: 0,
+            has_milli: 0,
             run: 0,
             stage: Stage::Coming,
             waiting_since_ms: job.gang.submitted_ms,

@@ -1,8 +1,8 @@
 //! The planner in virtual time, over traces of real clusters.
 //!
-//! - [`arrivals`]: the published procedure for openb: tasks arrive and never leave.
 //! - [`trace`]: lists of nodes, pods and jobs.
 //! - [`scenario`]: jobs and nodes made ready for a run: loads, estimates, tenants.
+//! - [`arrivals`]: the published procedure for openb: tasks arrive and never leave.
 //! - [`compare`]: several ways to schedule the same jobs; [`names`]: what people call them.
 //! - [`events`]: discrete events over the real planner and cluster.
 //! - [`outcome`]: what came out, and its figures; [`metrics`]: what they mean.

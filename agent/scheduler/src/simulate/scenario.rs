@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::arrivals::{TraceNode, TraceTask};
 use super::events::Job;
 use super::trace::{self, Pod, TraceJob};
-use crate::model::{Amount, Cluster, Gang, Node, Scope, TaskRequest};
+use crate::model::{Amount, Cluster, Gang, Gpu, Node, Scope, Share, TaskRequest, WHOLE};
 use crate::placement::Placer;
 use crate::policy::Strategy;
 
@@ -176,6 +177,37 @@ impl Estimates {
             Self::History => None,
         }
     }
+}
+
+/// Nodes as the procedure of [`super::arrivals`] wants them: those with GPUs.
+pub fn arrival_nodes(nodes: &[Node]) -> Vec<TraceNode> {
+    let with_gpus = nodes.iter().filter_map(|node| Some((node, node.gpus.first()?)));
+    let node = |(node, gpu): (&Node, &Gpu)| TraceNode {
+        name: node.name.clone(),
+        cpu_milli: node.total.cpu_milli,
+        memory_mib: node.total.memory_bytes >> 20,
+        gpus: u8::try_from(node.gpus.len()).unwrap_or(u8::MAX),
+        model: gpu.model.clone(),
+    };
+    with_gpus.map(node).collect()
+}
+
+/// Pods as the procedure of [`super::arrivals`] wants them.
+pub fn arrival_tasks(pods: &[Pod]) -> Vec<TraceTask> {
+    let task = |pod: &Pod| {
+        let TaskRequest { amount, gpus } = &pod.gang.task;
+        TraceTask {
+            cpu_milli: amount.cpu_milli,
+            memory_mib: amount.memory_bytes >> 20,
+            gpus: gpus.as_ref().map_or(0, |gpus| gpus.count),
+            gpu_milli: gpus.as_ref().map_or(0, |gpus| match gpus.share {
+                Share::Milli(milli) => milli,
+                Share::Whole | Share::Profile(_) => WHOLE,
+            }),
+            models: gpus.as_ref().map(|gpus| gpus.models.clone()).unwrap_or_default(),
+        }
+    };
+    pods.iter().map(task).collect()
 }
 
 /// Takes out the jobs that do not fit on these nodes even when nothing runs, and says why not: no

@@ -2,4 +2,5 @@
 
 mod making_room;
 mod policies;
+mod properties;
 mod world;

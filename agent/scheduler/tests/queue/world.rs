@@ -123,7 +123,7 @@ impl World {
         }
     }
 
-    fn next(&self) -> Option<u64> {
+    pub fn next(&self) -> Option<u64> {
         let arrival = self.coming.last().map(|job| job.gang.submitted_ms);
         let event = self.events.keys().next().map(|(at, _)| *at);
         arrival.into_iter().chain(event).min()

@@ -266,8 +266,8 @@ fn a_device_is_plugged_asked_for_released_and_taken_out() {
     guest.enable_hotplug((5, 16, 0));
     let gpu = tester(&[(0, 64 * GIB, true), (2, 32 << 20, true), (4, 1 << 20, false)]);
     for _ in 0..3 {
-        let at = guest.root().plug(3, vec![(0, named(&gpu))]).unwrap();
-        assert_eq!((at.bus, at.device, at.function), (6, 0, 0));
+        guest.root().plug(3, vec![(0, named(&gpu))]).unwrap();
+        assert_eq!(guest.root().slots()[2].address.unwrap().to_string(), "06:00.0");
         assert_eq!(guest.interrupts(), 1);
         assert_eq!(guest.read32((6, 0, 0), 0), 0x5678_1234);
         assert_eq!(guest.read32((5, 16, 0), SLOT_STATUS - 2) >> 16, 0x0148);
@@ -327,6 +327,22 @@ fn what_cannot_be_plugged_is_refused_by_name() {
     assert_eq!(text, "BAR 1 of gpu0 needs 16 MiB, PCI slot 3 has 2 MiB for it");
     assert_eq!(guest.root().request_unplug(3), Err(SlotError::Empty(3)));
     assert!(!guest.root().slots()[2].occupied, "a refusal changed the slot");
+}
+
+#[test]
+fn a_device_gets_the_first_slot_that_it_fits() {
+    let guest = Guest::new();
+    let (small, large) = (tester(&[(0, 1 << 20, true)]), tester(&[(0, 64 * GIB, true)]));
+    let slot_for = |device: &Arc<Mutex<Tester>>| guest.root().slot_for(&[(0, named(device))]);
+    assert_eq!((slot_for(&small), slot_for(&large)), (Ok(Some(3)), Ok(Some(3))));
+    // What was in slot 2 had a BAR of 1 MiB.
+    guest.root().surprise_remove(2).unwrap();
+    assert_eq!((slot_for(&small), slot_for(&large)), (Ok(Some(2)), Ok(Some(3))));
+    guest.root().plug(3, vec![(0, named(&large))]).unwrap();
+    let error = slot_for(&large).unwrap_err().to_string();
+    assert_eq!(error, "BAR 0 of gpu0 needs 64 GiB, PCI slot 2 has 2 MiB for it");
+    guest.root().plug(2, vec![(0, named(&small))]).unwrap();
+    assert_eq!(slot_for(&small), Ok(None));
 }
 
 #[test]

@@ -179,15 +179,7 @@ impl VirtioDevice for Block {
         self.worker = None;
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &self.worker {
-            worker.pause();
-        }
-    }
-
-    fn resume(&mut self) {
-        if let Some(worker) = &self.worker {
-            worker.resume();
-        }
+    fn workers(&self) -> &[Worker] {
+        self.worker.as_slice()
     }
 }

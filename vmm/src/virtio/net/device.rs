@@ -385,23 +385,23 @@ impl VirtioDevice for Net {
         self.metrics.vhost.store(false, Ordering::Relaxed);
     }
 
+    fn workers(&self) -> &[Worker] {
+        &self.active.workers
+    }
+
     fn pause(&mut self) {
         for pair in &self.active.vhost {
             // The kernel has no reason to refuse what it did when the ring was started.
             let _ = pair.pause();
         }
-        for worker in &self.active.workers {
-            worker.pause();
-        }
+        self.workers().iter().for_each(Worker::pause);
     }
 
     fn resume(&mut self) {
         for pair in &self.active.vhost {
             let _ = pair.resume();
         }
-        for worker in &self.active.workers {
-            worker.resume();
-        }
+        self.workers().iter().for_each(Worker::resume);
     }
 }
 

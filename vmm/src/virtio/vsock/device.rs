@@ -140,16 +140,8 @@ impl VirtioDevice for Vsock {
         self.metrics.connections.store(0, Ordering::Relaxed);
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &self.worker {
-            worker.pause();
-        }
-    }
-
-    fn resume(&mut self) {
-        if let Some(worker) = &self.worker {
-            worker.resume();
-        }
+    fn workers(&self) -> &[Worker] {
+        self.worker.as_slice()
     }
 }
 

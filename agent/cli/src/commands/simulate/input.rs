@@ -5,7 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use lathe_scheduler::model::Node;
+use lathe_scheduler::placement;
 use lathe_scheduler::policy::{Pool, Strategy};
+use lathe_scheduler::simulate::arrivals::{self, TraceNode, TraceTask};
 use lathe_scheduler::simulate::compare::{Choice, Study};
 use lathe_scheduler::simulate::names::Named;
 use lathe_scheduler::simulate::scenario::{self, Arrivals, Load};
@@ -13,7 +15,7 @@ use lathe_scheduler::simulate::trace::{self, Pod, Work};
 use lathe_scheduler::simulate::{Failures, Options};
 
 use super::report::{self, Report, ReportHead};
-use super::{Procedure, SimulateArgs, Ties};
+use super::{Demand, Procedure, SimulateArgs, Ties};
 
 /// Largest file that is read, bytes: a mistaken path does not fill memory.
 const FILE_BYTES: u64 = 1 << 30;
@@ -35,13 +37,15 @@ pub enum Input {
     /// Pods that come and stay.
     Arrivals {
         /// The nodes.
-        nodes: Vec<Node>,
+        nodes: Vec<TraceNode>,
         /// The pods.
-        pods: Vec<Pod>,
+        pods: Vec<TraceTask>,
         /// What is compared.
         strategies: Vec<Strategy>,
-        /// Whether equal nodes are told apart by chance.
-        random_ties: bool,
+        /// How equal nodes are told apart.
+        ties: placement::Ties,
+        /// Whether the mix of pods is known from the start.
+        known_demand: bool,
         /// What the report begins with.
         head: ReportHead,
     },
@@ -52,8 +56,14 @@ impl Input {
     pub fn run(&self) -> Report {
         match self {
             Self::Queue { study, choices, head } => report::queue(study, choices, head),
-            Self::Arrivals { nodes, pods, strategies, random_ties, head } => {
-                report::arrivals(nodes, pods, strategies, *random_ties, head)
+            Self::Arrivals { nodes, pods, strategies, ties, known_demand, head } => {
+                let rows = strategies.iter().map(|&strategy| {
+                    // Chance is all that random placement goes by.
+                    let ties = if strategy == Strategy::Random { placement::Ties::Seeded } else { *ties };
+                    let options = arrivals::Options { strategy, ties, seed: 0, known_demand: *known_demand };
+                    report::arrivals(nodes, pods, options, head)
+                });
+                Report { head: head.clone(), results: rows.collect() }
             }
         }
     }
@@ -86,7 +96,7 @@ pub fn read(args: &SimulateArgs) -> anyhow::Result<Input> {
             queue(args, nodes, Arrivals::Pods(pods))
         }
         (Procedure::Queue, Work::Jobs(jobs)) => queue(args, nodes, Arrivals::Jobs(jobs)),
-        (Procedure::Arrivals, Work::Pods(pods)) => arrivals(args, nodes, pods),
+        (Procedure::Arrivals, Work::Pods(pods)) => stay(args, nodes, pods),
         (Procedure::Arrivals, Work::Jobs(_)) => bail!(
             "--procedure arrivals: {} is a list of jobs; give a list of pods, or use --procedure queue",
             args.jobs.display()
@@ -94,7 +104,7 @@ pub fn read(args: &SimulateArgs) -> anyhow::Result<Input> {
     }
 }
 
-fn arrivals(args: &SimulateArgs, nodes: Option<Vec<Node>>, pods: Vec<Pod>) -> anyhow::Result<Input> {
+fn stay(args: &SimulateArgs, nodes: Option<Vec<Node>>, pods: Vec<Pod>) -> anyhow::Result<Input> {
     let Some(mut nodes) = nodes else { bail!("which nodes? Give --nodes FILE or --cluster NxG") };
     if args.load.is_some() {
         bail!("--load is for --procedure queue; pods arrive until their demand is 130 % of the GPUs");
@@ -109,12 +119,19 @@ fn arrivals(args: &SimulateArgs, nodes: Option<Vec<Node>>, pods: Vec<Pod>) -> an
     }
     let strategies = several("--policy", &args.policy, "balanced")?;
     let head = ReportHead::new("arrivals", &nodes, pods.len(), seeds(args));
-    Ok(Input::Arrivals { nodes, pods, strategies, random_ties: args.ties == Ties::Random, head })
+    Ok(Input::Arrivals {
+        nodes: scenario::arrival_nodes(&nodes),
+        pods: scenario::arrival_tasks(&pods),
+        strategies,
+        ties: if args.ties == Ties::Random { placement::Ties::Seeded } else { placement::Ties::ByName },
+        known_demand: args.demand == Demand::Trace,
+        head,
+    })
 }
 
 fn queue(args: &SimulateArgs, nodes: Option<Vec<Node>>, mut arrivals: Arrivals) -> anyhow::Result<Input> {
-    if args.ties == Ties::Random {
-        bail!("--ties is for --procedure arrivals");
+    if args.ties == Ties::Random || args.demand == Demand::Learnt {
+        bail!("--ties and --demand are for --procedure arrivals");
     }
     let given = nodes.is_some();
     let nodes = match (nodes, args.load) {

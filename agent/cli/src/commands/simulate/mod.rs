@@ -65,9 +65,12 @@ pub struct SimulateArgs {
     /// So many runs, with --seed and the numbers after it; figures are means.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: u64,
-    /// How nodes of the same score are told apart: by name, or by chance.
+    /// arrivals: how nodes of the same score are told apart; random places by chance anyhow.
     #[arg(long, value_enum, default_value_t)]
     ties: Ties,
+    /// arrivals: where the mix of pods that fragmentation is measured against comes from.
+    #[arg(long, value_enum, default_value_t)]
+    demand: Demand,
     /// queue: at least so many seconds between two planning cycles.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = input::seconds)]
     cycle: f64,
@@ -107,11 +110,21 @@ enum Procedure {
 /// How equal nodes are told apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Ties {
-    /// The smallest name.
+    /// The smallest name, as in the published results.
     #[default]
     Name,
-    /// By chance.
+    /// By chance, with the seed.
     Random,
+}
+
+/// Where the mix of pods comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Demand {
+    /// The whole list, known from the start, as in the published results.
+    #[default]
+    Trace,
+    /// What came so far, as in a cluster.
+    Learnt,
 }
 
 /// Simulates, prints, draws.

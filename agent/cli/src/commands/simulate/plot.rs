@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
+use lathe_scheduler::simulate::compare::ArrivalFigures;
+use lathe_scheduler::simulate::metrics::Sample;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
@@ -15,12 +17,14 @@ const SIZE: (u32, u32) = (1280, 800);
 /// Where the picture goes.
 pub struct Target(PathBuf);
 
+type Points = Vec<(f64, f64)>;
+
 /// One picture of the picture: lines with names.
 struct Panel<'a> {
     title: &'a str,
     x: &'a str,
     y: &'a str,
-    lines: Vec<(String, Vec<(f64, f64)>)>,
+    lines: Vec<(String, Points)>,
 }
 
 impl Target {
@@ -55,7 +59,9 @@ fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error + '_>> {
     {
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
         root.fill(&WHITE).map_err(|error| error.to_string())?;
-        for (area, panel) in root.split_evenly((2, 2)).iter().zip(panels(report)) {
+        let panels = panels(report);
+        let rows = panels.len().div_ceil(2);
+        for (area, panel) in root.split_evenly((rows, 2)).iter().zip(panels) {
             draw_panel(area, &panel).map_err(|error| error.to_string())?;
         }
         root.present().map_err(|error| error.to_string())?;
@@ -64,19 +70,29 @@ fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error + '_>> {
 }
 
 fn panels(report: &Report) -> Vec<Panel<'static>> {
-    let over_time = |title, y, value: fn(&lathe_scheduler::simulate::metrics::Sample) -> f64| Panel {
+    if matches!(report.results.first(), Some(Row::Arrivals { .. })) {
+        let x = "percent of the GPUs asked for";
+        let lines = |of: fn(&ArrivalFigures) -> &Vec<f64>| lines(report, |row| curve(row, of));
+        return vec![
+            Panel {
+                title: "GPUs allocated",
+                x,
+                y: "percent",
+                lines: lines(|row| &row.percent_gpu_allocated),
+            },
+            Panel {
+                title: "GPUs fragmented",
+                x,
+                y: "percent",
+                lines: lines(|row| &row.percent_gpu_fragmented),
+            },
+        ];
+    }
+    let over_time = |title, y, value: fn(&Sample) -> f64| Panel {
         title,
         x: "hours",
         y,
-        lines: report
-            .results
-            .iter()
-            .map(|row| {
-                let Row::Queue { figures, .. } = row;
-                let points = figures.samples.iter().map(|sample| (sample.time_s / 3600.0, value(sample)));
-                (name(row), points.collect())
-            })
-            .collect(),
+        lines: lines(report, |row| samples(row, value)),
     };
     vec![
         over_time("GPUs allocated", "percent", |sample| sample.percent_gpu_allocated),
@@ -86,23 +102,37 @@ fn panels(report: &Report) -> Vec<Panel<'static>> {
             title: "Completion time",
             x: "percent of the jobs",
             y: "hours",
-            lines: report
-                .results
-                .iter()
-                .map(|row| {
-                    let Row::Queue { figures, .. } = row;
-                    let points = figures.completion_curve_s.iter().enumerate();
-                    (name(row), points.map(|(percent, seconds)| (percent as f64, seconds / 3600.0)).collect())
-                })
-                .collect(),
+            lines: lines(report, completion),
         },
     ]
 }
 
+fn lines(report: &Report, points: impl Fn(&Row) -> Points) -> Vec<(String, Points)> {
+    report.results.iter().map(|row| (name(row), points(row))).collect()
+}
+
+fn curve(row: &Row, of: fn(&ArrivalFigures) -> &Vec<f64>) -> Points {
+    let Row::Arrivals { figures, .. } = row else { return Points::new() };
+    of(figures).iter().enumerate().map(|(percent, &value)| (percent as f64, value)).collect()
+}
+
+fn samples(row: &Row, value: fn(&Sample) -> f64) -> Points {
+    let Row::Queue { figures, .. } = row else { return Points::new() };
+    figures.samples.iter().map(|sample| (sample.time_s / 3600.0, value(sample))).collect()
+}
+
+fn completion(row: &Row) -> Points {
+    let Row::Queue { figures, .. } = row else { return Points::new() };
+    let times = figures.completion_curve_s.iter().enumerate();
+    times.map(|(percent, seconds)| (percent as f64, seconds / 3600.0)).collect()
+}
+
 /// What tells a result from others.
 fn name(row: &Row) -> String {
-    let Row::Queue { policy, backfill, estimates, .. } = row;
-    format!("{policy}, {backfill}, {estimates}")
+    match row {
+        Row::Arrivals { policy, .. } => (*policy).to_owned(),
+        Row::Queue { policy, backfill, estimates, .. } => format!("{policy}, {backfill}, {estimates}"),
+    }
 }
 
 fn draw_panel<B: DrawingBackend>(

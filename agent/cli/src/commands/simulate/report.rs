@@ -1,11 +1,11 @@
 //! What was simulated, for people and programs.
 
 use lathe_scheduler::model::Node;
-use lathe_scheduler::policy::Strategy;
+use lathe_scheduler::placement::Ties;
 use lathe_scheduler::simulate::Figures;
-use lathe_scheduler::simulate::compare::{Choice, Study};
+use lathe_scheduler::simulate::arrivals::{self, TraceNode, TraceTask};
+use lathe_scheduler::simulate::compare::{self, ArrivalFigures, Choice, Study};
 use lathe_scheduler::simulate::names::Named;
-use lathe_scheduler::simulate::trace::Pod;
 use serde::Serialize;
 
 use crate::output;
@@ -53,6 +53,18 @@ pub struct LeftOut {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub enum Row {
+    /// Pods that come and stay.
+    Arrivals {
+        /// Where they go.
+        policy: &'static str,
+        /// How equal nodes are told apart.
+        ties: &'static str,
+        /// Where the mix of pods comes from.
+        demand: &'static str,
+        /// What came of it.
+        #[serde(flatten)]
+        figures: Box<ArrivalFigures>,
+    },
     /// Jobs that wait, run and end.
     Queue {
         /// Which goes next.
@@ -89,15 +101,19 @@ pub fn queue(study: &Study, choices: &[Choice], head: &ReportHead) -> Report {
     Report { head: head.clone(), results: choices.iter().map(row).collect() }
 }
 
-/// Runs each strategy.
+/// Runs one placement.
 pub fn arrivals(
-    _nodes: &[Node],
-    _pods: &[Pod],
-    _strategies: &[Strategy],
-    _random_ties: bool,
+    nodes: &[TraceNode],
+    tasks: &[TraceTask],
+    options: arrivals::Options,
     head: &ReportHead,
-) -> Report {
-    Report { head: head.clone(), results: Vec::new() }
+) -> Row {
+    Row::Arrivals {
+        policy: options.strategy.name(),
+        ties: if options.ties == Ties::ByName { "name" } else { "random" },
+        demand: if options.known_demand { "trace" } else { "learnt" },
+        figures: Box::new(compare::arrivals(nodes, tasks, options, &head.seeds)),
+    }
 }
 
 impl Report {
@@ -120,25 +136,66 @@ impl Report {
     }
 
     fn table(&self) -> comfy_table::Table {
-        let mut table = output::table(&[
-            "POLICY",
-            "BACKFILL",
-            "ESTIMATES",
-            "WAIT MEAN",
-            "P95",
-            "COMPLETION MEAN",
-            "P95",
-            "SLOWDOWN",
-            "P95",
-            "MAKESPAN",
-            "JAIN",
-            "ALLOCATED",
-            "FRAGMENTED",
-            "PREEMPTED",
-        ]);
+        let headings: &[&str] = match self.results.first() {
+            Some(Row::Arrivals { .. }) => &[
+                "POLICY",
+                "TIES",
+                "ALLOCATED AT 90",
+                "AT 100",
+                "MIN",
+                "MAX",
+                "IN THE END",
+                "FRAGMENTED AT 100",
+                "PLACED",
+            ],
+            _ => &[
+                "POLICY",
+                "BACKFILL",
+                "ESTIMATES",
+                "WAIT MEAN",
+                "P95",
+                "COMPLETION MEAN",
+                "P95",
+                "SLOWDOWN",
+                "P95",
+                "MAKESPAN",
+                "JAIN",
+                "ALLOCATED",
+                "FRAGMENTED",
+                "PREEMPTED",
+            ],
+        };
+        let mut table = output::table(headings);
         for row in &self.results {
-            let Row::Queue { policy, backfill, estimates, figures, .. } = row;
-            table.add_row([
+            table.add_row(row.cells());
+        }
+        table
+    }
+}
+
+impl Row {
+    fn cells(&self) -> Vec<String> {
+        match self {
+            Self::Arrivals { policy, ties, figures, .. } => {
+                let at = |list: &[f64], percent: usize| {
+                    list.get(percent).map_or_else(|| "-".to_owned(), |value| format!("{value:.2} %"))
+                };
+                let ArrivalFigures {
+                    percent_gpu_allocated: curve, percent_gpu_allocated_at_100: full, ..
+                } = &**figures;
+                vec![
+                    (*policy).to_owned(),
+                    (*ties).to_owned(),
+                    at(curve, 90),
+                    format!("{:.2} %", full.mean),
+                    format!("{:.2} %", full.min),
+                    format!("{:.2} %", full.max),
+                    at(curve, curve.len().saturating_sub(1)),
+                    at(&figures.percent_gpu_fragmented, 100),
+                    format!("{:.0} of {:.0}", figures.placed, figures.arrived),
+                ]
+            }
+            Self::Queue { policy, backfill, estimates, figures, .. } => vec![
                 (*policy).to_owned(),
                 (*backfill).to_owned(),
                 (*estimates).to_owned(),
@@ -153,9 +210,8 @@ impl Report {
                 format!("{:.1} %", figures.mean_percent_gpu_allocated),
                 format!("{:.1} %", figures.mean_percent_gpu_fragmented),
                 format!("{:.0}", figures.preemptions),
-            ]);
+            ],
         }
-        table
     }
 }
 

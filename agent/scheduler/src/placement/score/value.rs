@@ -7,14 +7,17 @@ use super::super::fragmentation::Kind;
 use super::Ask;
 use crate::model::{Amount, Fold, GpuFree, GpuPlace};
 
-/// More values than this are forgotten all at once: a bound on memory of about 100 MB.
-const MOST_VALUES: usize = 1 << 21;
+/// More values than this are forgotten all at once: a larger map is slower than measuring again.
+const MOST_VALUES: usize = 1 << 17;
 
 /// Values by state. States of nodes with the same kind of devices share them; which of the devices is
 /// free does not matter where all are alike.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Values<T> {
     values: HashMap<u64, T, BuildHasherDefault<Same>>,
+    /// By node: its state when it was last looked at, and what that is worth. Most nodes are as they
+    /// were, and this is nearer than the map.
+    nodes: Vec<(u64, Option<T>)>,
     /// What is free of the devices once the task is there; kept only to save allocations.
     after: Vec<GpuFree>,
 }
@@ -43,6 +46,7 @@ impl<T: Copy> Values<T> {
     /// Forgets all.
     pub(super) fn clear(&mut self) {
         self.values.clear();
+        self.nodes.clear();
     }
 
     /// The value of the node as it is, and as it is once the task took these devices. `value` is asked
@@ -61,7 +65,19 @@ impl<T: Copy> Values<T> {
         let all = ask.free.gpus.iter().enumerate();
         let devices = all.fold(0_u64, |sum, (at, gpu)| sum.wrapping_add(device(*gpu, number(at))));
         let key = state(kind, &ask.free.amount, devices);
-        let before = *self.values.entry(key).or_insert_with(|| value(&ask.free.amount, &ask.free.gpus));
+        let index = ask.index as usize;
+        if self.nodes.len() <= index {
+            self.nodes.resize(index + 1, (0, None));
+        }
+        let before = match self.nodes[index] {
+            (known, Some(before)) if known == key => before,
+            _ => {
+                let value = || value(&ask.free.amount, &ask.free.gpus);
+                let before = *self.values.entry(key).or_insert_with(value);
+                self.nodes[index] = (key, Some(before));
+                before
+            }
+        };
         let amount = ask.free.amount.less(&ask.taken);
         let mut changed = devices;
         for place in gpus {

@@ -13,7 +13,7 @@
 //! | `bars` | | `bar ADDRESS REGION START SIZE FLAGS` for each region ([`bars`]) |
 //! | `nvme` | `nvme` (nvme0n1), `mib` (whole disk), `writes` (64), `seed` (1) | reads and writes with checksums on all queues ([`nvme`]) |
 //! | `nvme-verify` | `nvme`, `writes`, `seed` | checks what `nvme` with the same options wrote, after a reboot say |
-//! | `nvme-iops` | `nvme`, `reads` (2000), `depth` (1) | `nvme_4k_read_ns N`, the mean of reads, `depth` at a time, and `nvme_4k_read_median_ns` |
+//! | `nvme-iops` | `nvme`, `reads` (2000), `depth` (1) | `nvme_4k_read_ns N` and `nvme_4k_read_median_ns N`, with `depth` reads under way ([`reads`]) |
 //! | `nvme-sriov` | `device` (the first disk), `functions` (2) | on a host: makes virtual functions and gives them queues ([`sriov`]) |
 //! | `edu` | `device`, `pin` (on, or `off`) | identification, factorials by polling, INTx and MSI, DMA both ways ([`edu`]) |
 //! | `edu-loop` | `rounds` (10) | DMA until the device has gone that many times ([`hotplug`]) |
@@ -32,6 +32,7 @@ mod memory;
 mod nic;
 mod nvme;
 mod options;
+mod reads;
 mod sriov;
 mod sysfs;
 mod tree;
@@ -109,7 +110,7 @@ fn run(action: &str, options: &Options) -> Result<(), Failure> {
         "bars" => bars::print(),
         "nvme" => nvme::exercise(options),
         "nvme-verify" => nvme::verify(options),
-        "nvme-iops" => nvme::time_reads(options),
+        "nvme-iops" => reads::time(options),
         "nvme-sriov" => sriov::enable(options),
         "edu" => edu::exercise(options),
         "edu-loop" => hotplug::edu_loop(options),

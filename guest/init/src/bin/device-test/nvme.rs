@@ -17,7 +17,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -35,15 +34,17 @@ const MIB: usize = 1 << 20;
 /// How much one thread reads at once.
 const CHUNK: usize = MIB;
 
-struct Disk {
+/// A disk, by the name its driver gave it.
+pub struct Disk {
     name: String,
     path: String,
-    size: u64,
+    /// In bytes.
+    pub size: u64,
 }
 
 impl Disk {
     /// Waits for the disk that the option `nvme` names.
-    fn find(options: &Options) -> Result<Self, Failure> {
+    pub fn find(options: &Options) -> Result<Self, Failure> {
         let name = options.text("nvme").unwrap_or("nvme0n1").to_owned();
         let path = format!("/dev/{name}");
         sysfs::wait_for(&format!("there is no {path}"), || Ok(Path::new(&path).exists().then_some(())))?;
@@ -51,9 +52,16 @@ impl Disk {
         Ok(Self { name, path, size })
     }
 
-    fn open(&self, write: bool) -> Result<File, Failure> {
+    /// Opens it past the page cache.
+    pub fn open(&self, write: bool) -> Result<File, Failure> {
         let opened = direct::open(&self.path, write);
         opened.map(|(file, _)| file).map_err(Failure::at(format!("opening {}", self.path)))
+    }
+
+    /// A file that stands for a disk.
+    #[cfg(test)]
+    pub fn of_file(path: &Path, size: u64) -> Self {
+        Self { name: "nvme0n1".into(), path: path.display().to_string(), size }
     }
 
     /// Blocks of the second half: chosen by the seed, each once.
@@ -119,50 +127,6 @@ fn read_back(file: &File, buffer: &mut [u8], index: u64, seed: u64) -> Result<()
     file.read_exact_at(buffer, index * BLOCK as u64)
         .map_err(Failure::at(format!("reading block {index}")))?;
     direct::difference(buffer, index, seed).map_or(Ok(()), |wrong| Err(Failure::wrong(wrong)))
-}
-
-/// Prints the mean time between reads of 4 KiB past the page cache, of which `depth` threads have one each under
-/// way, and the median of what a read took: on an emulated machine some take long for reasons of whoever emulates.
-/// The line before, `nvme_reading`, comes when the first of them is about to start: whoever times the lines sees
-/// by another clock what this one says.
-pub fn time_reads(options: &Options) -> Result<(), Failure> {
-    let disk = Disk::find(options)?;
-    let depth: u32 = options.number("depth")?.unwrap_or(1).clamp(1, 64);
-    let reads: u32 = options.number("reads")?.unwrap_or(2000).max(depth).next_multiple_of(depth);
-    // The first ones fault in what the rest has.
-    read_at_random(&disk, 16, 1)?;
-    println!("nvme_reading {reads}");
-    let start = Instant::now();
-    let mut took = thread::scope(|scope| {
-        let disk = &disk;
-        let reader = |seed| scope.spawn(move || read_at_random(disk, reads / depth, seed));
-        let readers: Vec<_> = (1..=depth).map(|seed| reader(u64::from(seed))).collect();
-        let join = |reader: thread::ScopedJoinHandle<'_, _>| {
-            reader.join().unwrap_or_else(|_| Err(Failure::wrong("a reading thread panicked")))
-        };
-        let took: Result<Vec<Vec<Duration>>, Failure> = readers.into_iter().map(join).collect();
-        took.map(|took| took.concat())
-    })?;
-    println!("nvme_4k_read_ns {}", start.elapsed().as_nanos() / u128::from(reads));
-    took.sort_unstable();
-    println!("nvme_4k_read_median_ns {}", took.get(took.len() / 2).map_or(0, Duration::as_nanos));
-    Ok(())
-}
-
-/// What each of the reads took.
-fn read_at_random(disk: &Disk, reads: u32, seed: u64) -> Result<Vec<Duration>, Failure> {
-    let file = disk.open(false)?;
-    let mut buffer = Aligned::new(BLOCK);
-    let mut random = Random::new(seed);
-    let blocks = (disk.size / BLOCK as u64).max(1);
-    let mut read = || {
-        let index = random.next() % blocks;
-        let start = Instant::now();
-        file.read_exact_at(buffer.get(), index * BLOCK as u64)
-            .map_err(Failure::at(format!("reading block {index}")))?;
-        Ok(start.elapsed())
-    };
-    (0..reads).map(|_| read()).collect()
 }
 
 /// Makes the calling thread use one CPU, and so one of the disk's queues.
@@ -263,20 +227,16 @@ fn write_blocks(
 mod tests {
     use super::*;
 
-    fn disk(path: &Path, size: u64) -> Disk {
-        Disk { name: "nvme0n1".into(), path: path.display().to_string(), size }
-    }
-
     #[test]
     fn blocks_are_of_the_second_half_and_repeat() {
-        let disk = disk(Path::new("/none"), 8 << 20);
+        let disk = Disk::of_file(Path::new("/none"), 8 << 20);
         let blocks = disk.chosen_blocks(64, 1);
         assert_eq!(blocks.len(), 64);
         assert!(blocks.iter().all(|block| (1024..2048).contains(block)));
         assert_eq!(blocks, disk.chosen_blocks(64, 1));
         assert_ne!(blocks, disk.chosen_blocks(64, 2));
         assert!(
-            self::disk(Path::new("/none"), 16 << 10).chosen_blocks(64, 1).len() < 64,
+            Disk::of_file(Path::new("/none"), 16 << 10).chosen_blocks(64, 1).len() < 64,
             "a small disk ends it"
         );
         assert_eq!(disk.controller(), "nvme0");
@@ -289,7 +249,7 @@ mod tests {
         // Not a whole number of chunks.
         let content: Vec<u8> = (0_u32..(5 << 19)).map(|index| (index / 1000) as u8).collect();
         fs::write(&path, &content).unwrap();
-        let disk = disk(&path, content.len() as u64);
+        let disk = Disk::of_file(&path, content.len() as u64);
         let Ok(total) = sum(&disk, disk.size) else {
             // Some filesystems, tmpfs on older kernels among them, have no direct I/O.
             assert!(direct::open(&disk.path, false).is_err());

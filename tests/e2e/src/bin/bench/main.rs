@@ -1,13 +1,16 @@
 //! Benchmarks: each prints a table and writes `target/bench/NAME.json`, a list of records
 //! `{"metric", "subject", "value", "unit"}`. Peers run in the same host in the same run.
 //!
-//! Times of boot and vfio are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
-//! percent on any machine, and count instructions rather than cache misses or device latency.
+//! Times are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
+//! percent on any machine, and count instructions rather than cache misses or device latency; those of
+//! the scheduler are CPU time of one thread of this machine.
 
 mod boot;
 mod coordinator;
 mod qemu;
 mod record;
+mod scheduler;
+mod traces;
 mod vfio;
 
 use std::process::ExitCode;
@@ -30,7 +33,8 @@ fn run() -> anyhow::Result<()> {
         "boot" => (boot::run()?, record::print),
         "coordinator" => (coordinator::run()?, record::print),
         "vfio" => (vfio::run()?, vfio::print),
-        _ => bail!("no benchmark {name:?}; there are boot, coordinator and vfio"),
+        "scheduler" => (scheduler::run()?, scheduler::print),
+        _ => bail!("no benchmark {name:?}; there are boot, vfio, coordinator and scheduler"),
     };
     print(&records);
     let path = record::write(&name, &records)?;

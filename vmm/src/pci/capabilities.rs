@@ -1,14 +1,12 @@
 //! Walks of capability lists in bytes that a device wrote: bounded, without trust.
 
+use super::config::{CAPABILITIES, FIRST_CAPABILITY, STATUS, STATUS_CAPABILITIES};
+
 /// Conventional capabilities lie in 0x40..0x100 on dwords: no list is longer.
 const MOST: usize = 48;
 /// Extended capabilities lie in 0x100..0x1000 on dwords, of 8 bytes at least.
 const MOST_EXTENDED: usize = (4096 - 256) / 8;
-const FIRST: usize = 0x40;
 const FIRST_EXTENDED: usize = 0x100;
-const STATUS: usize = 0x06;
-const STATUS_LIST: u8 = 1 << 4;
-const POINTER: usize = 0x34;
 
 /// A capability: what it is and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +19,8 @@ pub struct Capability {
     pub version: u8,
 }
 
-fn u16_at(bytes: &[u8], offset: usize) -> u16 {
+/// The two bytes at `offset`; zero past the end.
+pub fn u16_at(bytes: &[u8], offset: usize) -> u16 {
     bytes.get(offset..offset + 2).map_or(0, |b| u16::from_le_bytes([b[0], b[1]]))
 }
 
@@ -33,15 +32,15 @@ pub fn u32_at(bytes: &[u8], offset: usize) -> u32 {
 /// The list in the first 256 bytes (PCI 3.0 §6.7). Ends at a pointer that is out of place or was seen.
 pub fn conventional(config: &[u8]) -> Vec<Capability> {
     let mut list: Vec<Capability> = Vec::new();
-    if config.get(STATUS).is_none_or(|status| status & STATUS_LIST == 0) {
+    if u16_at(config, STATUS) & STATUS_CAPABILITIES == 0 {
         return list;
     }
-    let mut next = config.get(POINTER).copied().unwrap_or(0);
+    let mut next = config.get(CAPABILITIES).copied().unwrap_or(0);
     while list.len() < MOST {
         // The two low bits are reserved and have to be masked.
         let offset = usize::from(next & !3);
         let seen = list.iter().any(|capability| usize::from(capability.offset) == offset);
-        if offset < FIRST || seen || offset + 4 > config.len() {
+        if offset < FIRST_CAPABILITY || seen || offset + 4 > config.len() {
             break;
         }
         list.push(Capability { id: u16::from(config[offset]), offset: offset as u16, version: 0 });
@@ -80,8 +79,8 @@ mod tests {
     #[test]
     fn lists_are_followed_in_order() {
         let mut config = vec![0; 4096];
-        config[STATUS] = STATUS_LIST;
-        config[POINTER] = 0x43;
+        config[STATUS] = STATUS_CAPABILITIES as u8;
+        config[CAPABILITIES] = 0x43;
         config[0x40..0x42].copy_from_slice(&[5, 0x60]);
         config[0x60..0x62].copy_from_slice(&[0x10, 0]);
         config[0x100..0x104].copy_from_slice(&(0x1501_0001_u32).to_le_bytes());
@@ -95,8 +94,8 @@ mod tests {
     #[test]
     fn loops_end() {
         let mut config = vec![0; 256];
-        config[STATUS] = STATUS_LIST;
-        config[POINTER] = 0x40;
+        config[STATUS] = STATUS_CAPABILITIES as u8;
+        config[CAPABILITIES] = 0x40;
         config[0x41] = 0x44;
         config[0x45] = 0x40;
         assert_eq!(conventional(&config).len(), 2);

@@ -1,0 +1,238 @@
+//! Traces of real clusters, replayed: every queue policy on Philly's jobs, every placement on openb's
+//! pods beside what was published.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Context;
+use lathe_e2e::artefacts;
+use lathe_scheduler::placement::Ties;
+use lathe_scheduler::policy::{Backfill, Pool, Queue, Strategy};
+use lathe_scheduler::simulate::Options;
+use lathe_scheduler::simulate::arrivals;
+use lathe_scheduler::simulate::compare::{self, Choice, Study};
+use lathe_scheduler::simulate::names::Named;
+use lathe_scheduler::simulate::scenario::{self, Arrivals, Estimates, Load};
+use lathe_scheduler::simulate::trace::{self, Work};
+
+use crate::record::Record;
+
+/// What tells these records' metrics from the planner's own.
+pub const MARK: &str = "/";
+
+/// Loads that clusters are sized for.
+const LOADS: [f64; 3] = [0.7, 0.9, 1.1];
+/// Tenants that jobs are dealt to, and the seed.
+const TENANTS: u32 = 8;
+const SEED: u64 = 1;
+
+/// Seeds of the published results.
+const ARRIVAL_SEEDS: u64 = 10;
+
+/// Placements, how ties are broken, and the name of the published results that they compare with.
+const PLACEMENTS: [(Strategy, Ties, &str); 8] = [
+    (Strategy::Random, Ties::Seeded, "01-Random"),
+    (Strategy::DotProduct, Ties::ByName, "02-DotProd"),
+    (Strategy::GpuClustering, Ties::ByName, "03-GpuClustering"),
+    (Strategy::GpuPacking, Ties::ByName, "04-GpuPacking"),
+    (Strategy::BestFit, Ties::ByName, "05-BestFit"),
+    (Strategy::FragmentationGradientDescent, Ties::ByName, "06-FGD"),
+    (Strategy::Balanced, Ties::ByName, "06-FGD"),
+    (Strategy::Balanced, Ties::Seeded, "06-FGD"),
+];
+
+/// All traces that are there.
+pub fn run() -> anyhow::Result<Vec<Record>> {
+    let Some(folder) = folder() else {
+        eprintln!(
+            "bench: no traces: set LATHE_SHARED_DATA to the folder with openb/ and philly/ to replay them"
+        );
+        return Ok(Vec::new());
+    };
+    let mut records = Vec::new();
+    for path in lists(&folder.join("philly"), "")? {
+        records.extend(philly(&path)?);
+    }
+    records.extend(openb(&folder.join("openb"))?);
+    Ok(records)
+}
+
+fn folder() -> Option<PathBuf> {
+    let beside = || ["shared/data", "../shared/data"].map(|path| artefacts::repository().join(path)).to_vec();
+    let folders = std::env::var_os("LATHE_SHARED_DATA").map_or_else(beside, |named| vec![named.into()]);
+    folders.into_iter().find(|path| path.join("philly").is_dir())
+}
+
+/// CSV files of a folder whose names begin so, in the order of their names.
+fn lists(folder: &Path, prefix: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let context = || format!("cannot read {}", folder.display());
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).with_context(context)? {
+        let path = entry.with_context(context)?.path();
+        let csv = path.extension().is_some_and(|extension| extension == "csv");
+        if csv && stem(&path).starts_with(prefix) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Every policy, with and without backfill, on clusters of each load.
+fn philly(path: &Path) -> anyhow::Result<Vec<Record>> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let Work::Jobs(jobs) = trace::work(&path.display().to_string(), &bytes)? else { return Ok(Vec::new()) };
+    let mut records = Vec::new();
+    for load in LOADS {
+        eprintln!("bench: {} at a load of {load}", stem(path));
+        let mut arrivals = Arrivals::Jobs(jobs.clone());
+        let sized = Load::of(&arrivals);
+        let nodes = scenario::equal_nodes(sized.nodes(load, scenario::NODE_GPUS), scenario::NODE_GPUS);
+        // Where the largest job needs more than the load does, arrivals move closer together instead.
+        let real = sized.gpus / (nodes.len() * scenario::NODE_GPUS as usize) as f64;
+        if real < load / 2.0 {
+            arrivals.stretch(real / load);
+        }
+        let mut study = Study {
+            nodes,
+            arrivals,
+            tenants: TENANTS,
+            pool: Pool::default(),
+            grace_ms: 0,
+            options: Options::default(),
+        };
+        study.leave_out_misfits();
+        let each = |(queue, estimates)| {
+            Backfill::NAMES.iter().map(move |&(_, backfill)| Choice {
+                queue,
+                backfill,
+                placement: Strategy::Balanced,
+                estimates,
+            })
+        };
+        let choices: Vec<Choice> = choices().into_iter().flat_map(each).collect();
+        let name = format!("{} {load}", stem(path));
+        records.extend(on_all_cores(&choices, |choice| row(&study, choice, &name)).into_iter().flatten());
+    }
+    Ok(records)
+}
+
+/// Every placement on every list of pods by the published procedure, beside what was published.
+fn openb(folder: &Path) -> anyhow::Result<Vec<Record>> {
+    let Some(path) = lists(folder, "openb_node_list_gpu")?.pop() else { return Ok(Vec::new()) };
+    let nodes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let nodes = scenario::arrival_nodes(&trace::nodes(&path.display().to_string(), &nodes)?);
+    let published = fs::read_to_string(folder.join("expected_gpu_allocated.csv")).unwrap_or_default();
+    let seeds: Vec<u64> = (42..42 + ARRIVAL_SEEDS).collect();
+    let mut records = Vec::new();
+    for path in lists(folder, "openb_pod_list")? {
+        eprintln!("bench: {}", stem(&path));
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Work::Pods(pods) = trace::work(&path.display().to_string(), &bytes)? else { continue };
+        let tasks = scenario::arrival_tasks(&pods);
+        let runs = on_all_cores(&PLACEMENTS, |&(strategy, ties, name)| {
+            let options = arrivals::Options { strategy, ties, seed: 0, known_demand: true };
+            let figures = compare::arrivals(&nodes, &tasks, options, &seeds).percent_gpu_allocated_at_100;
+            let known = published
+                .lines()
+                .map(|line| line.split(',').collect::<Vec<_>>())
+                .find(|line| line[0] == stem(&path) && line.get(1) == Some(&name))
+                .and_then(|line| line.get(4)?.parse::<f64>().ok());
+            let ties = if ties == Ties::ByName { "ties by name" } else { "random ties" };
+            let subject = format!("{}, {ties}", strategy.name());
+            let record = |metric: &str, value| {
+                Record::of(&format!("{}{MARK}{metric}", stem(&path)), &subject, "percent", vec![value])
+            };
+            let own = [("mean", figures.mean), ("min", figures.min), ("max", figures.max)];
+            let own = own.map(|(metric, value)| record(metric, value));
+            own.into_iter().chain(known.map(|value| record("published mean", value))).collect::<Vec<_>>()
+        });
+        records.extend(runs.into_iter().flatten());
+    }
+    Ok(records)
+}
+
+/// Results in the order of the inputs; each core takes the next that nobody took.
+fn on_all_cores<T: Sync, R: Send>(inputs: &[T], run: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<(usize, R)>> = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(input) = inputs.get(at) else { return };
+                    let result = run(input);
+                    results.lock().unwrap_or_else(PoisonError::into_inner).push((at, result));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(at, _)| *at);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Every policy with perfect knowledge, and the one that lives by estimates with the others, too.
+fn choices() -> Vec<(Queue, Estimates)> {
+    let perfect = Queue::NAMES.iter().map(|(_, queue)| (*queue, Estimates::Perfect));
+    let others = [Estimates::User, Estimates::History].map(|known| (Queue::ShortestJobFirst, known));
+    perfect.chain(others).collect()
+}
+
+fn row(study: &Study, choice: &Choice, trace: &str) -> Vec<Record> {
+    let figures = study.run(choice, &[SEED]);
+    let subject = [choice.queue.name(), choice.backfill.name(), choice.estimates.name()].join(" ");
+    let hours = |seconds: f64| seconds / 3600.0;
+    [
+        ("wait mean", "h", hours(figures.waiting_s.mean)),
+        ("wait p95", "h", hours(figures.waiting_s.p95)),
+        ("completion mean", "h", hours(figures.completion_s.mean)),
+        ("completion p95", "h", hours(figures.completion_s.p95)),
+        ("slowdown mean", "ratio", figures.bounded_slowdown.mean),
+        ("slowdown p95", "ratio", figures.bounded_slowdown.p95),
+        ("makespan", "h", hours(figures.makespan_s)),
+        ("jain", "ratio", figures.jain_fairness_tenants),
+    ]
+    .map(|(metric, unit, value)| Record::of(&format!("{trace}{MARK}{metric}"), &subject, unit, vec![value]))
+    .into()
+}
+
+/// A table a trace, a row a policy.
+pub fn print(records: &[Record]) {
+    let mut tables: Vec<(&str, Vec<&str>, Vec<&str>)> = Vec::new();
+    for record in records {
+        let Some((trace, metric)) = record.metric.split_once(MARK) else { continue };
+        let at = tables.iter().position(|(name, ..)| *name == trace).unwrap_or_else(|| {
+            tables.push((trace, Vec::new(), Vec::new()));
+            tables.len() - 1
+        });
+        let (_, metrics, subjects) = &mut tables[at];
+        for (list, name) in [(metrics, metric), (subjects, record.subject.as_str())] {
+            if !list.contains(&name) {
+                list.push(name);
+            }
+        }
+    }
+    for (trace, metrics, subjects) in tables {
+        print!("\n{trace:<32}");
+        metrics.iter().for_each(|metric| print!("{metric:>18}"));
+        println!();
+        for subject in subjects {
+            print!("{subject:<32}");
+            for metric in &metrics {
+                let named = format!("{trace}{MARK}{metric}");
+                let found = records.iter().find(|one| one.subject == subject && one.metric == named);
+                let cell = found.map_or_else(|| "-".to_owned(), |record| format!("{:.2}", record.value));
+                print!("{cell:>18}");
+            }
+            println!();
+        }
+    }
+}
