@@ -224,7 +224,6 @@ fn apply(operations: &mut Operations, operation: &NodeOperation, now_ms: u64) ->
         }
         NodeOperation::Uncordon => {
             operations.offer = NodeOffer::Open;
-            operations.uncordoned_ms = now_ms;
             ("node uncordon", String::new())
         }
         NodeOperation::Maintain(window) => {
@@ -323,7 +322,7 @@ mod tests {
             |operations: &Operations| operations.maintenance.iter().map(|w| w.from_ms).collect::<Vec<_>>();
         assert_eq!(from(&operations), [20, 50]);
         apply(&mut operations, &operation(r#"{"operation":"uncordon"}"#), 40);
-        assert_eq!((operations.offer.clone(), operations.uncordoned_ms), (NodeOffer::Open, 40));
+        assert_eq!(operations.offer, NodeOffer::Open);
         assert_eq!(from(&operations), [50], "what is over is forgotten");
         apply(&mut operations, &operation(r#"{"operation":"end_maintenance"}"#), 40);
         assert!(operations.maintenance.is_empty());

@@ -123,8 +123,6 @@ pub struct Operations {
     pub taints: Vec<Taint>,
     /// By time.
     pub maintenance: Vec<MaintenanceWindow>,
-    /// When an operator last said that it takes work: suspicion of before is void.
-    pub uncordoned_ms: u64,
 }
 
 impl Operations {
