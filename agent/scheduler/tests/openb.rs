@@ -10,8 +10,8 @@ use lathe_scheduler::simulate::arrivals::{Options, arrivals};
 
 const VARIATIONS: [&str; 5] = ["default", "cpu100", "gpushare40", "gpuspec10", "multigpu20"];
 
-/// Published means are over ten seeds; three leave the mean within a tenth of a point.
-const SEEDS: u64 = 3;
+/// Published means are over ten seeds; two leave the mean within a fifth of a point.
+const SEEDS: u64 = 2;
 
 fn mean(variation: &str, strategy: Strategy, ties: Ties, known_demand: bool) -> f64 {
     let (nodes, tasks) = (openb::nodes(), openb::tasks(variation));

@@ -70,6 +70,7 @@ impl Choices {
         let minds = !free.switches.is_empty()
             && (shape.isolation == Isolation::Switch || free.switches.iter().any(|user| user.alone > 0));
         let tenant = shape.tenant.as_deref().unwrap_or("");
+        let any = request.share == Share::Whole && request.models.is_empty() && request.memory_bytes == 0;
         for (index, (gpu, left)) in (0_u8..).zip(node.gpus.iter().zip(&free.gpus)) {
             let room = match &request.share {
                 Share::Whole => left.is_whole(),
@@ -78,7 +79,7 @@ impl Choices {
             };
             if room
                 && switch.is_none_or(|switch| gpu.switch == switch)
-                && request.accepts(gpu)
+                && (any || request.accepts(gpu))
                 && (!minds || free.switch_admits(gpu.switch, tenant, shape.isolation))
             {
                 self.free.push(index);

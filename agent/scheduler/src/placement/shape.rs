@@ -122,12 +122,8 @@ impl Table {
             self.fixed = vec![(0, f64::INFINITY); prints.len()];
         }
         let Self { shape, costs, prints: known, fixed: bases, .. } = self;
-        let mut renew = |index: u32, known: &mut u64| {
-            let at = index as usize;
-            if *known == prints[at] {
-                return;
-            }
-            *known = prints[at];
+        let mut renew = |at: usize| {
+            let Ok(index) = u32::try_from(at) else { return };
             let node_print = cluster.node_fingerprints()[at];
             if bases[at].0 != node_print {
                 bases[at] = (node_print, fixed(shape, index).unwrap_or(f64::INFINITY));
@@ -137,9 +133,22 @@ impl Table {
             costs[at] = cost.map_or(f64::INFINITY, |cost| base + cost);
         };
         match among {
-            Among::All => (0..).zip(known).for_each(|(index, known)| renew(index, known)),
+            // Nearly all are as they were: the loop over those does nothing but compare.
+            Among::All => {
+                for (at, (known, print)) in known.iter_mut().zip(prints).enumerate() {
+                    if *known != *print {
+                        *known = *print;
+                        renew(at);
+                    }
+                }
+            }
             Among::Nodes(nodes) => {
-                nodes.iter().for_each(|&index| renew(index, &mut known[index as usize]));
+                for at in nodes.iter().map(|index| *index as usize) {
+                    if known[at] != prints[at] {
+                        known[at] = prints[at];
+                        renew(at);
+                    }
+                }
             }
         }
     }
