@@ -97,9 +97,9 @@ pub async fn desired_state(
 }
 
 /// How often a node is told at most that only its network changed, and by how much that grows with
-/// each address there is to tell: every task anywhere changes it, and a thousand nodes hear of it.
+/// each route and address there is to tell: every node and task anywhere changes it, and a thousand nodes hear of it.
 const NETWORK_INTERVAL: Duration = Duration::from_secs(1);
-const NETWORK_INTERVAL_EACH: Duration = Duration::from_millis(1);
+const NETWORK_INTERVAL_EACH: Duration = Duration::from_millis(4);
 
 async fn watch_desired(
     coordinator: &Coordinator,
@@ -123,8 +123,10 @@ async fn watch_desired(
             let next = view.read(|contents| desired::node_network(contents, node));
             network_at = at;
             if next != network {
-                let addresses: usize =
-                    next.iter().flat_map(|of| &of.tenants).map(|of| of.addresses.len()).sum();
+                let length = |of: &NodeNetwork| {
+                    of.routes.len() + of.tenants.iter().map(|of| of.addresses.len()).sum::<usize>()
+                };
+                let addresses = next.as_ref().map_or(0, length);
                 let addresses = u32::try_from(addresses).unwrap_or(u32::MAX);
                 network_due = Instant::now() + NETWORK_INTERVAL + NETWORK_INTERVAL_EACH * addresses;
                 now.network.clone_from(&next);
