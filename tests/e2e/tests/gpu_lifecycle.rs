@@ -285,6 +285,8 @@ fn waiting_sandbox(folder: &Path) -> SandboxSpec {
         args: args.split_whitespace().map(str::to_owned).collect(),
         env: Vec::new(),
         resources: Resources { memory: MemorySize::from_mib(128), gpus: 1, ..Resources::default() },
+        gpus: Vec::new(),
+        numa_node: None,
         datasets: vec![SandboxDataset { dataset, mount: "/data".into() }],
         address: "10.42.0.2".into(),
         hosts: Vec::new(),
