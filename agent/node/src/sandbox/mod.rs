@@ -223,6 +223,8 @@ pub(crate) mod tests {
             datasets: vec![SandboxDataset { dataset, mount: "/data".into() }],
             address: "10.42.1.2".into(),
             hosts: vec![("10.42.1.2".into(), "a-0".into()), ("10.42.2.2".into(), "a-1".into())],
+            gpus: Vec::new(),
+            numa_node: None,
             grace_seconds: 10,
         }
     }
