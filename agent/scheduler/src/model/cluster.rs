@@ -5,7 +5,7 @@
 //! state: whoever caches something by node asks what changed, or compares fingerprints, which also
 //! tell copies apart.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::{Fold, Free, Gang, GpuPlace, Node};
@@ -22,6 +22,11 @@ pub struct Cluster {
     dropped: usize,
     node_prints: Arc<Vec<u64>>,
     prints: Vec<u64>,
+    /// Of all nodes' states, and of what all nodes are.
+    print: u64,
+    nodes_print: u64,
+    /// Nodes on which a task does not share the node or a switch with all.
+    isolated: BTreeSet<u32>,
 }
 
 /// Where one task is.
@@ -89,7 +94,8 @@ impl Cluster {
         let free: Vec<Free> = nodes.iter().map(Free::all).collect();
         let node_prints: Vec<u64> = nodes.iter().map(Fold::of).collect();
         let prints = node_prints.iter().zip(&free).map(|(node, free)| Fold::mix(*node, Fold::of(free)));
-        let prints = prints.collect();
+        let prints: Vec<u64> = prints.collect();
+        let (print, nodes_print) = (sum(&prints), sum(&node_prints));
         let by_name = nodes.iter().zip(0..).map(|(node, index)| (node.name.clone(), index)).collect();
         Self {
             nodes: Arc::new(nodes),
@@ -100,6 +106,9 @@ impl Cluster {
             dropped: 0,
             node_prints: Arc::new(node_prints),
             prints,
+            print,
+            nodes_print,
+            isolated: BTreeSet::new(),
         }
     }
 
@@ -146,9 +155,32 @@ impl Cluster {
         &self.node_prints
     }
 
+    /// A fingerprint of the states of all nodes.
+    pub fn fingerprint(&self) -> u64 {
+        self.print
+    }
+
+    /// A fingerprint of what all nodes are, whatever is free of them.
+    pub fn nodes_fingerprint(&self) -> u64 {
+        self.nodes_print
+    }
+
+    /// Whether a task that runs does not share its node or its switch with all: it matters then whose
+    /// a gang is.
+    pub fn is_isolated(&self) -> bool {
+        !self.isolated.is_empty()
+    }
+
     fn changed(&mut self, index: u32) {
         let at = index as usize;
-        self.prints[at] = Fold::mix(self.node_prints[at], Fold::of(&self.free[at]));
+        let print = Fold::mix(self.node_prints[at], Fold::of(&self.free[at]));
+        let old = std::mem::replace(&mut self.prints[at], print);
+        self.print = self.print.wrapping_sub(numbered(at, old)).wrapping_add(numbered(at, print));
+        if self.free[at].is_isolated() {
+            self.isolated.insert(index);
+        } else if !self.isolated.is_empty() {
+            self.isolated.remove(&index);
+        }
         // A log that began with all nodes tells nobody less than the truth.
         let nodes = self.nodes.len();
         if self.changes.len() >= (16 * nodes).max(1 << 16) {
@@ -167,7 +199,10 @@ impl Cluster {
         debug_assert_eq!((&old.name, old.gpus.len()), (&node.name, node.gpus.len()));
         let free = &mut self.free[index as usize];
         free.amount = node.total.less(&old.total.less(&free.amount));
-        Arc::make_mut(&mut self.node_prints)[index as usize] = Fold::of(&node);
+        let print = Fold::of(&node);
+        let old = std::mem::replace(&mut Arc::make_mut(&mut self.node_prints)[index as usize], print);
+        let at = index as usize;
+        self.nodes_print = self.nodes_print.wrapping_sub(numbered(at, old)).wrapping_add(numbered(at, print));
         Arc::make_mut(&mut self.nodes)[index as usize] = node;
         self.changed(index);
     }
@@ -236,4 +271,13 @@ impl Cluster {
         }
         Some(running)
     }
+}
+
+/// A fingerprint that depends on where it is.
+fn numbered(at: usize, print: u64) -> u64 {
+    Fold::mix(print, at as u64)
+}
+
+fn sum(prints: &[u64]) -> u64 {
+    prints.iter().enumerate().fold(0, |sum, (at, print)| sum.wrapping_add(numbered(at, *print)))
 }

@@ -88,6 +88,11 @@ impl Free {
         })
     }
 
+    /// Whether a task that runs does not share the node or a switch with all.
+    pub fn is_isolated(&self) -> bool {
+        !self.alone.is_empty() || self.switches.iter().any(|user| user.alone > 0)
+    }
+
     pub(crate) fn take(&mut self, node: &Node, gang: &Gang, place: &TaskPlace) -> Result<(), TakeError> {
         let amount = gang.taken();
         if !self.amount.fits(&amount) {
@@ -139,6 +144,12 @@ impl Free {
         self.amount = self.amount.plus(&gang.taken());
         self.give_numa(&node.numa, place.numa, gang.taken());
         self.leave(node, gang, place);
+        // Which NUMA node a task took from that wanted none in particular is not remembered: where
+        // nothing is left, the accounts are right again.
+        if self.tenants.is_empty() && self.amount == node.total {
+            self.numa.clear();
+            self.numa.extend(node.numa.iter().map(|numa| numa.total));
+        }
     }
 
     /// Less what a task will have, as far as that is there: for times other than now.

@@ -23,5 +23,5 @@ pub use free::{Free, SwitchUse};
 pub use gang::{
     Communication, Constraint, Gang, Input, Isolation, Operator, Preference, Scope, Size, TaskRequest,
 };
-pub use gpu::{Gpu, GpuFree, GpuPlace, GpuRequest, Profile, Share, Sharing};
+pub use gpu::{Gpu, GpuFree, GpuPlace, GpuRequest, Profile, Share, Sharing, WHOLE};
 pub use node::{Node, NumaNode, Offer, Taint, Window};

@@ -72,7 +72,7 @@ pub enum Offer {
 }
 
 /// Keeps away what does not tolerate it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Taint {
     /// Key.
     pub key: String,

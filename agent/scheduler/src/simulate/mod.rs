@@ -4,8 +4,10 @@
 //! - [`scenario`]: jobs and nodes made ready for a run: loads, estimates, tenants.
 //! - [`compare`]: several ways to schedule the same jobs; [`names`]: what people call them.
 //! - [`events`]: discrete events over the real planner and cluster.
+//! - [`arrivals`]: the published procedure for openb: tasks arrive and never leave.
 //! - [`outcome`]: what came out, and its figures; [`metrics`]: what they mean.
 
+pub mod arrivals;
 pub mod compare;
 pub mod events;
 pub mod metrics;
