@@ -8,7 +8,7 @@ use super::accounts::{Accounts, LimitKey, Pools};
 use super::known::{Hardness, Item, TenantInfo};
 use super::room::{self, Reservation, Rooms, Run};
 use super::search;
-use crate::model::{Cluster, Node, Running, TaskPlace};
+use crate::model::{Cluster, Node, Running, Share as GpuShare, TaskPlace};
 use crate::placement::{Placer, Shortage};
 use crate::plan::{LimitReached, Plan, Reason, Start, Waiting};
 use crate::policy::{Backfill, Queue, Settings};
@@ -18,7 +18,7 @@ use crate::queue::{Entry, Order, Sorted};
 
 /// Shapes that may fail in a cycle before the rest of the queues is left for the next: each costs a
 /// look at all nodes.
-const MOST_FAILURES: usize = 256;
+const MOST_FAILURES: usize = 64;
 /// Searches for the earliest time of a gang in a cycle: each may look at all that runs.
 const MOST_SEARCHES: usize = 8;
 /// Gangs of a pool that have reservations with conservative backfill. Those behind them may be
@@ -74,6 +74,8 @@ pub(super) struct Cycle<'a> {
     /// Shapes that would not fit if nothing ran, and since when that is known.
     pub impossible: &'a mut HashMap<(u32, Hardness), u64>,
     pub outcomes: Vec<Outcome>,
+    /// Nodes by the number of their GPUs that nobody uses.
+    pub whole: Vec<u64>,
     /// By family.
     pub failed: BTreeMap<u32, Vec<Failed>>,
     pub failures: usize,
@@ -306,6 +308,11 @@ impl Cycle<'_> {
             if let Some(outcome) = self.failed_before(&item, until) {
                 return outcome;
             }
+            if self.too_few(&item)
+                && let Some((words, _)) = self.shortages.get(&(item.family, item.size()))
+            {
+                return Outcome::Shortage(Arc::clone(words));
+            }
             if self.failures >= MOST_FAILURES {
                 return Outcome::Unseen;
             }
@@ -441,6 +448,18 @@ impl Cycle<'_> {
         debug_assert_eq!(started, Ok(()));
         let run = Run { item: Arc::clone(item), end_ms: until.max(self.now + 1), known };
         self.rooms.started(self.cluster, run, &tasks);
+        let mut taken: BTreeMap<u32, usize> = BTreeMap::new();
+        for place in &tasks {
+            *taken.entry(place.node).or_default() +=
+                place.gpus.iter().filter(|gpu| gpu.part.is_whole()).count();
+        }
+        for (node, taken) in taken {
+            let left = self.rooms.real(self.cluster, node).whole_gpus() as usize;
+            if let Some(before) = self.whole.get_mut(left + taken) {
+                *before = before.saturating_sub(1);
+            }
+            self.whole[left] += 1;
+        }
         self.kept.remove(&gang.id);
         self.rooms.release(self.cluster, &gang.id);
         let strategy = self.settings.pools[pool].placement;
@@ -471,6 +490,17 @@ impl Cycle<'_> {
             *holder != index && line.contains(pool) && tenant.is_none_or(|tenant| tenants.contains(&tenant))
         })?;
         Some(self.items[holder.1].gang.id.as_str().into())
+    }
+
+    /// Whether too few nodes have as many GPUs that nobody uses as the gang's tasks need, whatever else
+    /// they need: a look at a few numbers, where a trial looks at all nodes.
+    fn too_few(&self, item: &Item) -> bool {
+        let Some(request) = item.gang.task.gpus.as_ref().filter(|gpus| gpus.share == GpuShare::Whole) else {
+            return false;
+        };
+        let each = (request.count as usize).max(1);
+        let fit: u64 = self.whole.iter().zip(0..).map(|(nodes, gpus)| nodes * (gpus / each) as u64).sum();
+        fit < u64::from(item.gang.tasks.min)
     }
 
     fn failed_before(&self, item: &Item, until: u64) -> Option<Outcome> {

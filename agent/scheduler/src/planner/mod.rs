@@ -123,6 +123,9 @@ impl Planner {
         }
         self.known.end(items.len() + runs.len());
         let elastic = runs.iter().any(|run| run.item.gang.tasks.min < run.item.gang.tasks.max);
+        let most = cluster.nodes().iter().map(|node| node.gpus.len()).max().unwrap_or(0);
+        let mut whole = vec![0; most + 1];
+        cluster.free().iter().for_each(|free| whole[free.whole_gpus() as usize] += 1);
         let mut cycle = Cycle {
             now: now_ms,
             settings: &self.settings,
@@ -139,6 +142,7 @@ impl Planner {
             shortages: &mut self.shortages,
             impossible: &mut self.impossible,
             outcomes: vec![cycle::Outcome::Unseen; pending.len()],
+            whole,
             failed: BTreeMap::new(),
             failures: 0,
             searches: 0,

@@ -158,6 +158,11 @@ impl Rooms {
         }
     }
 
+    /// What is really free of a node, whatever is shown.
+    pub fn real<'a>(&'a self, cluster: &'a Cluster, node: u32) -> &'a Free {
+        self.view.real(cluster, node)
+    }
+
     pub fn is_reserved(&self, node: u32) -> bool {
         self.reserved.contains_key(&node)
     }

@@ -5,6 +5,7 @@
 //! - [`arrivals`]: the published procedure for openb: tasks arrive and never leave.
 //! - [`compare`]: several ways to schedule the same jobs; [`names`]: what people call them.
 //! - [`events`]: discrete events over the real planner and cluster.
+//! - [`arrivals`]: the published procedure for openb: tasks arrive and never leave.
 //! - [`outcome`]: what came out, and its figures; [`metrics`]: what they mean.
 
 pub mod arrivals;
