@@ -3,6 +3,8 @@
 //! A pure function of the records, so that it can be computed again after every change and compared
 //! with what the node was last told.
 
+use std::collections::BTreeSet;
+
 use lathe_api::job::Job;
 use lathe_api::sandbox::{NodeDesired, NodeNetwork, Route, SandboxDataset, SandboxSpec, TenantAddresses};
 
@@ -40,12 +42,24 @@ pub fn node_network(contents: &Contents, node: &str) -> Option<NodeNetwork> {
     Some(NodeNetwork { subnet, routes, tenants })
 }
 
-/// The commit that last changed what [`node_network`] is made of.
-pub fn network_changed(contents: &Contents, node: &str) -> u64 {
-    contents.routes_changed.max(contents.addresses_changed(tenants_on(contents, node).into_iter()))
+/// What [`node_network`] is made of, as far as it takes to see that it changed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NetworkBasis {
+    /// The commit that last changed a route or an address of these tenants.
+    changed: u64,
+    /// Those with sandboxes on the node: one that leaves takes its addresses with it, although none of
+    /// the others changed.
+    tenants: BTreeSet<String>,
 }
 
-fn tenants_on<'a>(contents: &'a Contents, node: &str) -> std::collections::BTreeSet<&'a str> {
+/// What [`node_network`] would be made of.
+pub fn network_basis(contents: &Contents, node: &str) -> NetworkBasis {
+    let tenants = tenants_on(contents, node);
+    let changed = contents.routes_changed.max(contents.addresses_changed(tenants.iter().copied()));
+    NetworkBasis { changed, tenants: tenants.into_iter().map(str::to_owned).collect() }
+}
+
+fn tenants_on<'a>(contents: &'a Contents, node: &str) -> BTreeSet<&'a str> {
     contents.assigned(node).filter_map(|(sandbox, _)| contents.tenant_of(sandbox)).collect()
 }
 

@@ -111,17 +111,16 @@ async fn watch_desired(
     let mut changed = view.watch_desired(node);
     let mut told: Option<NodeDesired> = None;
     let mut network: Option<NodeNetwork> = None;
-    let mut network_at = 0;
+    let mut network_of = None;
     let mut network_due = Instant::now();
     loop {
         changed.mark_unchanged();
-        let (now, at) = view.read(|contents| {
-            (desired::node_desired(contents, node), desired::network_changed(contents, node))
-        });
+        let (now, basis) = view
+            .read(|contents| (desired::node_desired(contents, node), desired::network_basis(contents, node)));
         let Some(mut now) = now else { return Ok(()) };
-        if (network.is_none() || at > network_at) && Instant::now() >= network_due {
+        if network_of.as_ref() != Some(&basis) && Instant::now() >= network_due {
             let next = view.read(|contents| desired::node_network(contents, node));
-            network_at = at;
+            network_of = Some(basis);
             if next != network {
                 let length = |of: &NodeNetwork| {
                     of.routes.len() + of.tenants.iter().map(|of| of.addresses.len()).sum::<usize>()
@@ -135,7 +134,8 @@ async fn watch_desired(
         }
         let known = match &told {
             Some(told) => now.network.is_none() && told.sandboxes == now.sandboxes,
-            None => after == Some(now.revision),
+            // Who comes again may have gone before it was told of the network at that revision.
+            None => now.network.is_none() && after == Some(now.revision),
         };
         if !known {
             lines.send(&now).await?;

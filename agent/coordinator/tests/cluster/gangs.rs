@@ -57,6 +57,13 @@ async fn a_gang_is_spread_told_who_it_is_and_succeeds_when_all_exit_with_0() {
         (free && forgotten).then_some(())
     })
     .await;
+    // The next tenant with these addresses must not find the door of this one open.
+    eventually("the addresses to be shut out", || async {
+        let told = |network: lathe_api::sandbox::NodeNetwork| network.tenants.is_empty();
+        let shut = [&one, &two].iter().all(|a| a.desired().and_then(|d| d.network).is_some_and(told));
+        shut.then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
