@@ -18,9 +18,9 @@ use crate::config::PassthroughConfig;
 use crate::pci::hotplug::SlotError;
 use crate::pci::root::{PciRoot, SharedPciDevice};
 use crate::vfio::VfioError;
+use crate::vfio::function::HostFunction;
 use crate::vfio::host::HostDevice;
 use crate::vfio::passthrough::{AttachTimes, Context, Device, Opened};
-use crate::vfio::reset::Resettable;
 
 /// A device that could not be plugged or unplugged.
 #[derive(Debug, thiserror::Error)]

@@ -152,18 +152,28 @@ impl VfioPci {
     fn reset(&mut self) {
         self.interrupts.stop();
         if let Err(error) = self.function.reset()
-            && !std::mem::replace(&mut self.reset_failed, true)
+            && !self.reset_failed
         {
-            let mut ids = [0; 4];
-            self.function.read_config(0, &mut ids);
-            let [vendor, device] = [[ids[0], ids[1]], [ids[2], ids[3]]].map(u16::from_le_bytes);
-            crate::notice(format_args!(
-                "the guest asked device {vendor:04x}:{device:04x} for a reset, which failed: {error}; said once"
-            ));
+            self.reset_failed = self.tell_of_failed_reset(&error);
         }
         self.config.reset();
         self.turn_on_decoding();
         self.interrupts.start();
+    }
+
+    /// Whether there was anything to tell: of a function that answers no more, whoever watches it tells that it is
+    /// lost, and that it cannot be reset is no news.
+    fn tell_of_failed_reset(&self, error: &io::Error) -> bool {
+        if !self.function.answers() {
+            return false;
+        }
+        let mut ids = [0; 4];
+        self.function.read_config(0, &mut ids);
+        let [vendor, device] = [[ids[0], ids[1]], [ids[2], ids[3]]].map(u16::from_le_bytes);
+        crate::notice(format_args!(
+            "the guest asked device {vendor:04x}:{device:04x} for a reset, which failed: {error}; said once"
+        ));
+        true
     }
 
     /// On the host the function answers at all times; see the rules of the command register.

@@ -14,6 +14,10 @@ pub const ROM_REGION: u8 = 6;
 /// The unit in which regions are mapped: the host's page and the guest's.
 pub const PAGE: u64 = 4096;
 
+/// The register with class code and revision. Virtual functions have it too, while their vendor ID reads as ones
+/// (PCIe 6.0 §9.3.4.1.1).
+const CLASS_AND_REVISION: u16 = 0x08;
+
 /// A kind of interrupt that a function can be told to use; one at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InterruptKind {
@@ -100,4 +104,12 @@ pub trait HostFunction: Send + Sync {
     /// # Errors
     /// When there is none, or it failed.
     fn reset(&self) -> io::Result<()>;
+
+    /// Whether it answers: reads of one that is off, hung or gone are ones. The class is asked, because the kernel
+    /// answers for the IDs of a function whose own read as ones, a virtual one's.
+    fn answers(&self) -> bool {
+        let mut class = [0xff; 4];
+        self.read_config(CLASS_AND_REVISION, &mut class);
+        class != [0xff; 4]
+    }
 }

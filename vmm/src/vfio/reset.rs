@@ -24,10 +24,6 @@ const OWNED: u32 = 1 << 1;
 /// Base classes of GPUs: display controllers and processing accelerators.
 const GPU_CLASSES: [u32; 2] = [0x03, 0x12];
 
-/// The register with class code and revision. Virtual functions have it too, while their vendor ID reads as ones
-/// (PCIe 6.0 §9.3.4.1.1).
-const CLASS_AND_REVISION: u16 = 0x08;
-
 const NO_RESET: &str = "cannot be reset: it has no reset of its own, and its bus has functions that are not part of \
                         this machine; pass these along, or move the card to a slot of its own";
 
@@ -80,7 +76,7 @@ fn choose(class: u32, function: bool, bus: bool) -> Vec<ResetMethod> {
 }
 
 /// What a reset asks of a function. [`KernelFunction`] asks the kernel; tests answer themselves.
-pub trait Resettable {
+pub trait Resettable: HostFunction {
     /// Whether the kernel can reset this function alone.
     fn can_reset(&self) -> bool;
 
@@ -101,9 +97,6 @@ pub trait Resettable {
     /// # Errors
     /// What the kernel said.
     fn reset_bus(&self, groups: &[RawFd]) -> io::Result<()>;
-
-    /// Whether it answers: reads of one that is off, hung or gone are ones.
-    fn answers(&self) -> bool;
 }
 
 impl Resettable for KernelFunction {
@@ -121,12 +114,6 @@ impl Resettable for KernelFunction {
 
     fn reset_bus(&self, groups: &[RawFd]) -> io::Result<()> {
         ioctls::hot_reset(&self.file_descriptor(), groups)
-    }
-
-    fn answers(&self) -> bool {
-        let mut class = [0xff; 4];
-        self.read_config(CLASS_AND_REVISION, &mut class);
-        class != [0xff; 4]
     }
 }
 
