@@ -222,6 +222,10 @@ impl VirtualConfig {
     /// Applies the rules for one capability; returns whether the guest sees it.
     fn capability(&mut self, host: &[u8], capability: Capability) -> bool {
         let at = usize::from(capability.offset);
+        // What the rules name would lie in extended space, where other rules hold.
+        if at + least_length(host, capability) > CONVENTIONAL_SIZE {
+            return false;
+        }
         match capability.id {
             id::POWER_MANAGEMENT => self.power_management(host, at),
             id::VPD => self.vpd(capability.offset),
@@ -263,9 +267,6 @@ impl VirtualConfig {
             vectors,
         };
         let length = usize::from(msi.end()) - at;
-        if at + length > CONVENTIONAL_SIZE {
-            return;
-        }
         let (mut value, mut writable) = (vec![0; length - 2], vec![0xff; length - 2]);
         // Enabled vectors and extended message data start off.
         value[..2].copy_from_slice(&(control & 0x018e).to_le_bytes());
@@ -282,9 +283,6 @@ impl VirtualConfig {
     /// Control is ours for the same reason; where table and pending bits are is the device's to say.
     fn msix(&mut self, host: &[u8], at: usize) {
         const ENABLE_AND_MASK: u16 = 0xc000;
-        if at + 12 > CONVENTIONAL_SIZE {
-            return;
-        }
         let vectors = (u32_at(host, at) >> 16) as u16 & 0x07ff;
         self.emulate(at + 2, &vectors.to_le_bytes(), &ENABLE_AND_MASK.to_le_bytes());
         let place = |offset| {
@@ -303,9 +301,6 @@ impl VirtualConfig {
     fn express(&mut self, host: &[u8], at: usize) {
         const ENDPOINT: u16 = 0;
         const TYPE: u16 = 0x00f0;
-        if at + 0x14 > CONVENTIONAL_SIZE {
-            return;
-        }
         // Below a port of the guest there are endpoints only; the device may be a legacy endpoint, or
         // integrated into the host's root complex.
         let flags = (u32_at(host, at) >> 16) as u16 & !TYPE | ENDPOINT << 4;
@@ -474,19 +469,29 @@ fn identity(host: &[u8]) -> Identity {
     }
 }
 
-/// The bytes that a conventional capability takes up; to the end of its dword where its length is unknown.
-fn extent(bytes: &[u8], capability: Capability) -> Range<usize> {
-    let at = usize::from(capability.offset);
-    let byte = |offset: usize| usize::from(bytes.get(at + offset).copied().unwrap_or(0));
-    let length = match capability.id {
+/// The bytes that a conventional capability has at the least; a dword where its length is unknown.
+fn least_length(bytes: &[u8], capability: Capability) -> usize {
+    let control = u32_at(bytes, usize::from(capability.offset)) >> 16;
+    match capability.id {
         id::POWER_MANAGEMENT | id::VPD | id::SUBSYSTEM => 8,
-        id::MSI => 10 + if byte(2) & 0x80 != 0 { 4 } else { 0 } + if byte(3) & 1 != 0 { 10 } else { 0 },
+        id::MSI => {
+            10 + if control & 1 << 7 != 0 { 4 } else { 0 } + if control & 1 << 8 != 0 { 10 } else { 0 }
+        }
         id::MSIX => 12,
-        id::EXPRESS if byte(2) & 0xf >= 2 => 0x3c,
         id::EXPRESS => 0x14,
         id::ADVANCED_FEATURES => 6,
-        id::VENDOR => byte(2).max(3),
         _ => 4,
+    }
+}
+
+/// The bytes that a conventional capability takes up, in whole dwords.
+fn extent(bytes: &[u8], capability: Capability) -> Range<usize> {
+    let at = usize::from(capability.offset);
+    let third = usize::from(bytes.get(at + 2).copied().unwrap_or(0));
+    let length = match capability.id {
+        id::EXPRESS if third & 0xf >= 2 => 0x3c,
+        id::VENDOR => third.max(3),
+        _ => least_length(bytes, capability),
     };
     at..at + length.next_multiple_of(4)
 }

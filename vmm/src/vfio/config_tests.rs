@@ -114,6 +114,26 @@ fn a_clique_goes_where_nothing_is() {
     assert_eq!(config.insert_vendor_capability(&*full, &[8, b'P', b'2', b'P', 0, 0]), None);
 }
 
+#[test]
+fn a_capability_that_runs_into_extended_space_is_hidden() {
+    // Power management, VPD, MSI, Express, MSI-X and advanced features.
+    for id in [1, 3, 5, 0x10, 0x11, 0x13] {
+        let function = FakeFunction::endpoint();
+        {
+            let mut bytes = lock(&function.config);
+            bytes[CAPABILITIES] = 0xfc;
+            bytes[0xfc..0x104].copy_from_slice(&[id, 0, 0, 0, 0, 0, 0, 0]);
+        }
+        let mut config = config(&function);
+        let bytes = view(&config, &function);
+        assert_eq!(capabilities::conventional(&bytes), [], "{id:#x}");
+        assert_eq!(capabilities::extended(&bytes), [], "{id:#x}");
+        config.write(&*function, 0xfc, &[0xff; 4]);
+        config.write(&*function, 0x100, &[0xff; 4]);
+        assert!(lock(&function.log).config.is_empty(), "{id:#x}");
+    }
+}
+
 proptest! {
     #[test]
     fn nothing_reaches_a_hostile_device_that_no_rule_forwards(
