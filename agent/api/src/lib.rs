@@ -3,6 +3,7 @@
 //! - [`job`]: what users submit and see: jobs, tasks, their states and reasons.
 //! - [`scheduling`]: what jobs ask of where they run, and what is decided about them.
 //! - [`pool`]: pools and tenants, their quotas and policies.
+//! - [`provider`]: where pools get more nodes.
 //! - [`node`]: what agents report: inventory, observed sandboxes; what operators do to nodes.
 //! - [`gpu`]: the GPUs among it, their states and problems.
 //! - [`sandbox`]: what the coordinator wants of a node: desired sandboxes and its network.
@@ -22,6 +23,7 @@ pub mod job;
 pub mod node;
 pub mod pool;
 pub mod problem;
+pub mod provider;
 pub mod sandbox;
 pub mod scheduling;
 mod time_span;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::provider::{PoolProvider, ProviderStatus};
 use crate::scheduling::Constraint;
 use crate::{MemorySize, TimeSpan};
 
@@ -48,6 +49,9 @@ pub struct Pool {
     /// Tenants whose jobs it takes; everybody's if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tenants: Vec<String>,
+    /// Where it gets more nodes when its jobs need them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<PoolProvider>,
 }
 
 fn one() -> f64 {
@@ -75,6 +79,7 @@ impl Pool {
             weight: one(),
             starvation: a_day(),
             tenants: Vec::new(),
+            provider: None,
         }
     }
 
@@ -197,6 +202,9 @@ pub struct PoolStatus {
     pub running: u32,
     /// Jobs that wait in it.
     pub pending: u32,
+    /// How it stands with its provider, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<ProviderStatus>,
 }
 
 /// A tenant as the API shows it.

@@ -174,6 +174,9 @@ pub struct Why {
     /// What would let it start; absent if it does not wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
+    /// What its pool's provider of nodes was asked for, or why it is not; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<String>,
     /// When it is expected to start, milliseconds since the Unix epoch; absent if nobody can tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_start_ms: Option<u64>,
@@ -230,14 +233,14 @@ pub struct PlannedTask {
     pub gpus: Vec<String>,
 }
 
-/// Something an operator did to the cluster.
+/// Something that an operator, or a pool's provider of nodes, did to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AuditEntry {
     /// From 1, without gaps.
     pub sequence: u64,
     /// Milliseconds since the Unix epoch.
     pub time_ms: u64,
-    /// Who: the ID of the admin token, as `lathe token list` shows it.
+    /// Who: the ID of the admin token, as `lathe token list` shows it, or `provider:` and the name of one.
     pub who: String,
     /// What: `node cordon`, `pool set`, ...
     pub action: String,

@@ -18,6 +18,8 @@ use crate::logs::{LogError, Logs};
 use crate::metrics::Metrics;
 use crate::network::Cidr;
 use crate::pki::{Authority, PkiError};
+use crate::provider::Helped;
+use crate::provider::registry::Programs;
 use crate::records::{self, CLUSTER, ClusterRecord};
 use crate::sequence::Sequence;
 use crate::state::View;
@@ -39,6 +41,8 @@ pub struct Options {
     pub log_limit_bytes: u64,
     /// Longest blob, bytes.
     pub blob_limit_bytes: u64,
+    /// Programs that make nodes for pools.
+    pub providers: Programs,
 }
 
 /// The coordinator cannot start.
@@ -89,6 +93,8 @@ pub struct Coordinator {
     pub joining: tokio::sync::Mutex<()>,
     /// What would become of jobs.
     pub dry_runs: DryRuns,
+    /// Jobs that more nodes would help.
+    pub helped: Helped,
     /// Wakes the reconciler.
     pub changed: Notify,
     /// Ends everything.
@@ -141,6 +147,7 @@ impl Coordinator {
             sequence: Sequence::default(),
             explanations: Explanations::default(),
             dry_runs: DryRuns::default(),
+            helped: Helped::default(),
             _follower: followed.drop_guard(),
             blobs: Blobs::open(&dir.join("blobs"), options.blob_limit_bytes)?,
             logs: Logs::open(&dir.join("logs"), options.log_limit_bytes)?,

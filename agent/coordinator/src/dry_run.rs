@@ -76,13 +76,27 @@ impl DryRuns {
     pub async fn run(&self, wake: &Notify, gang: Gang) -> Result<Planned, DryRunError> {
         let _waiting = self.waiting.try_acquire().map_err(|_| DryRunError::Busy)?;
         let _turn = self.one_at_a_time.acquire().await.map_err(|_| DryRunError::NoAnswer)?;
+        let moment = self.next_moment(wake).await?;
+        let planned = tokio::task::spawn_blocking(move || plan(moment, gang));
+        planned.await.map_err(|_| DryRunError::NoAnswer)
+    }
+
+    /// What the next round plans with, to plan something else with it; `wake` makes that round come at
+    /// once.
+    ///
+    /// # Errors
+    /// When no round comes.
+    pub async fn moment(&self, wake: &Notify) -> Result<Moment, DryRunError> {
+        let _turn = self.one_at_a_time.acquire().await.map_err(|_| DryRunError::NoAnswer)?;
+        self.next_moment(wake).await
+    }
+
+    async fn next_moment(&self, wake: &Notify) -> Result<Moment, DryRunError> {
         let (sender, moment) = oneshot::channel();
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
         wake.notify_one();
         let moment = tokio::time::timeout(PATIENCE, moment).await;
-        let moment = moment.ok().and_then(Result::ok).ok_or(DryRunError::NoAnswer)?;
-        let planned = tokio::task::spawn_blocking(move || plan(moment, gang));
-        planned.await.map_err(|_| DryRunError::NoAnswer)
+        moment.ok().and_then(Result::ok).ok_or(DryRunError::NoAnswer)
     }
 }
 

@@ -7,6 +7,7 @@
 //! - [`submit`]: jobs come in, after [`check`]. [`observe`]: nodes join and report. [`suspicion`]: nodes
 //!   that refuse.
 //! - [`policy`]: pools and tenants that were set; [`quotas`]: whether they fit together.
+//! - [`provider`]: nodes on demand, from programs of the operator's.
 //! - [`operate`]: what operators do; [`audit`]: what they did.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
 //!   jobs wait; [`remedy`]: what would help; [`dry_run`]: what would become of a job.
@@ -36,6 +37,7 @@ pub mod observe;
 pub mod operate;
 pub mod pki;
 pub mod policy;
+pub mod provider;
 pub mod quotas;
 pub mod reconcile;
 pub mod records;

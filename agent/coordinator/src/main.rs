@@ -16,6 +16,7 @@ use lathe_coordinator::coordinator::{Coordinator, Options};
 use lathe_coordinator::init::{ADMIN_TOKEN_FILE, InitOptions, STORE_FILE, init};
 use lathe_coordinator::network::Cidr;
 use lathe_coordinator::pki::CA_FILE;
+use lathe_coordinator::provider::registry::{Program, programs};
 use lathe_coordinator::records::{CLUSTER, ClusterRecord, load};
 use lathe_coordinator::store::StoreError;
 use lathe_coordinator::store::redb::RedbStore;
@@ -78,6 +79,9 @@ struct ServeArguments {
     /// Longest blob.
     #[arg(long, value_name = "MIB", default_value_t = 64 << 10, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     blob_limit_mib: u64,
+    /// A program that makes nodes for the pools that name it, and takes them back; again for each more.
+    #[arg(long = "provider", value_name = "NAME=PATH")]
+    providers: Vec<Program>,
     /// How log events are written, one a line: `text` for people, `json` for programs.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -176,6 +180,7 @@ async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
         node_expiry: Duration::from_millis(arguments.node_expiry_ms),
         log_limit_bytes: arguments.log_limit_mib << 20,
         blob_limit_bytes: arguments.blob_limit_mib << 20,
+        providers: programs(arguments.providers).map_err(anyhow::Error::msg)?,
     })
     .await?;
     let listener = TcpListener::bind(arguments.listen)

@@ -11,9 +11,11 @@ use lathe_api::token::TokenInfo;
 use crate::api::error::ApiError;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
+use crate::provider::{self, fleet::Fleet};
 use crate::quotas::{self, QuotaError};
 use crate::records::{
-    ACTIVE_JOBS, AUDIT_SEQUENCE, JobRecord, NODES, OPERATIONS, Operations, POOLS, TENANTS, of_prefix, put,
+    ACTIVE_JOBS, AUDIT_SEQUENCE, FLEETS, JobRecord, NODES, OPERATIONS, Operations, POOLS, TENANTS, of_prefix,
+    put,
 };
 use crate::store::{Listing, Outcome, StoreError, Transaction, Write};
 use crate::{audit, check, policy};
@@ -69,8 +71,11 @@ async fn change(
 /// # Errors
 /// When it does not fit to the others.
 pub async fn set_pool(coordinator: &Coordinator, who: &TokenInfo, pool: &Pool) -> Result<(), ApiError> {
-    change(coordinator, who, &pool.name, &[POOLS], |listing| {
-        quotas::check_pool(&policy::pools(&listing.entries)?, pool)?;
+    change(coordinator, who, &pool.name, &[POOLS, FLEETS], |listing| {
+        let pools = policy::pools(&listing.entries)?;
+        quotas::check_pool(&pools, pool)?;
+        let fleet = fleet(listing, &pool.name)?;
+        provider::check::check_pool(&pools, pool, fleet.as_ref(), &coordinator.options.providers)?;
         let detail = serde_json::to_string(pool).unwrap_or_default();
         let writes = vec![put(format!("{POOLS}{}", pool.name), pool)?];
         Ok(Change { writes, action: "pool set", detail })
@@ -83,12 +88,15 @@ pub async fn set_pool(coordinator: &Coordinator, who: &TokenInfo, pool: &Pool) -
 /// # Errors
 /// When there is none, it has parts, or jobs are in it.
 pub async fn remove_pool(coordinator: &Coordinator, who: &TokenInfo, name: &str) -> Result<(), ApiError> {
-    change(coordinator, who, name, &[POOLS, ACTIVE_JOBS], |listing| {
+    change(coordinator, who, name, &[POOLS, FLEETS, ACTIVE_JOBS], |listing| {
         let key = format!("{POOLS}{name}");
         if !listing.entries.iter().any(|entry| entry.key == key) {
             return Err(ApiError::not_found("pool", name));
         }
         let pools = policy::pools(&listing.entries)?;
+        if let Some(fleet) = fleet(listing, name)?.filter(|fleet| !fleet.is_empty()) {
+            return Err(provider::check::in_use(name, &fleet).into());
+        }
         if name != DEFAULT_POOL {
             if let Some(part) = pools.values().find(|pool| pool.parent.as_deref() == Some(name)) {
                 let detail = format!("pool {:?} is a part of {name:?}; remove or move it first", part.name);
@@ -104,10 +112,17 @@ pub async fn remove_pool(coordinator: &Coordinator, who: &TokenInfo, name: &str)
                 return Err(ApiError::conflict(detail));
             }
         }
-        let writes = vec![Write::Delete { key }];
+        let writes = vec![Write::Delete { key }, Write::Delete { key: format!("{FLEETS}{name}") }];
         Ok(Change { writes, action: "pool remove", detail: String::new() })
     })
     .await
+}
+
+/// What a pool's provider made, if it ever had one.
+fn fleet(listing: &Listing, pool: &str) -> Result<Option<Fleet>, StoreError> {
+    let mut fleets = of_prefix::<Fleet>(&listing.entries, FLEETS);
+    let found = fleets.find(|record| record.as_ref().map_or(true, |(name, _)| name == pool));
+    Ok(found.transpose()?.map(|(_, record)| record.value))
 }
 
 /// Sets a tenant.

@@ -13,6 +13,7 @@
 //! | `images/NAME`, `datasets/NAME` | [`Owned`] image or dataset |
 //! | `tokens/ID` | [`TokenRecord`] |
 //! | `pools/NAME`, `tenants/NAME` | [`Pool`](lathe_api::pool::Pool), [`Tenant`](lathe_api::pool::Tenant), as they were set |
+//! | `fleets/POOL` | [`Fleet`](crate::provider::fleet::Fleet): what the pool's provider was asked for and made |
 //! | `operations/NODE` | [`Operations`]: what operators want of a node |
 //! | `audit/SLOT` | [`AuditEntry`](lathe_api::scheduling::AuditEntry): a ring of what operators did |
 //! | `audit-sequence` | how much they did |
@@ -62,6 +63,8 @@ pub const DATASETS: &str = "datasets/";
 pub const TOKENS: &str = "tokens/";
 /// Prefix of pools.
 pub const POOLS: &str = "pools/";
+/// Prefix of what pools' providers made.
+pub const FLEETS: &str = "fleets/";
 /// Prefix of tenants.
 pub const TENANTS: &str = "tenants/";
 /// Prefix of what operators want of nodes.

@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::api;
 use crate::api::extract::Peer;
 use crate::coordinator::Coordinator;
-use crate::{pki, reconcile};
+use crate::{pki, provider, reconcile};
 
 /// Connections at once; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 8192;
@@ -39,6 +39,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub async fn serve(coordinator: Arc<Coordinator>, listener: TcpListener) -> Result<(), pki::PkiError> {
     let tls = TlsAcceptor::from(Arc::new(server_tls(&coordinator)?));
     let reconciler = tokio::spawn(reconcile::run(Arc::clone(&coordinator)));
+    let providers = tokio::spawn(provider::run(Arc::clone(&coordinator)));
     let router = api::router(Arc::clone(&coordinator));
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = TaskTracker::new();
@@ -59,8 +60,8 @@ pub async fn serve(coordinator: Arc<Coordinator>, listener: TcpListener) -> Resu
     if tokio::time::timeout(DRAIN, connections.wait()).await.is_err() {
         tracing::warn!(connections = connections.len(), "requests were still under way at the end");
     }
-    // It ends by itself; a round under way is let finish.
-    let _ = reconciler.await;
+    // They end by themselves; a round under way is let finish, a provider's program is killed.
+    let _ = tokio::join!(reconciler, providers);
     Ok(())
 }
 

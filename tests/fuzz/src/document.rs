@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 
 use lathe_api::job::JobSpec;
+use lathe_coordinator::check::check_name;
+use lathe_coordinator::provider::contract;
 use lathe_scheduler::simulate::trace::{self, Work};
 use lathe_vmm::config::VmConfig;
 
@@ -24,6 +26,23 @@ pub fn job_spec(bytes: &[u8]) {
         let written = serde_json::to_string(&spec).expect("a job can be written");
         let again: JobSpec = serde_json::from_str(&written).expect("what was written can be read");
         assert_eq!(serde_json::to_string(&again).expect("a job can be written"), written);
+    }
+}
+
+/// What a provider's program answers: refused in one line, or nodes that can be nodes, each once.
+pub fn provider_answer(bytes: &[u8]) {
+    match contract::parse(bytes) {
+        Err(error) => {
+            let error = error.to_string();
+            assert!(!error.chars().any(char::is_control) && error.len() < 2000, "{error}");
+        }
+        Ok(answer) => {
+            assert!(answer.nodes.iter().all(|node| check_name(&node.name).is_ok()));
+            let names: HashSet<&str> = answer.nodes.iter().map(|node| node.name.as_str()).collect();
+            assert_eq!(names.len(), answer.nodes.len());
+            let shown = answer.nodes.iter().filter_map(|node| node.request.as_ref()).chain(&answer.error);
+            assert!(shown.flat_map(|text| text.chars()).all(|c| !c.is_control()));
+        }
     }
 }
 

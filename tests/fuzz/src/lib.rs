@@ -7,7 +7,7 @@
 //! | [`passthrough`] | a passed-through device: configuration space; a guest's kernel: its BARs, messages and resets |
 //! | [`guest`] | a guest's init: the messages to the agent; the serial port |
 //! | [`image`] | whoever made an image: kernels, OCI documents, layers, datasets |
-//! | [`document`] | callers: machine and job descriptions, traces for the simulator |
+//! | [`document`] | callers: machine and job descriptions, traces for the simulator; providers' answers |
 //!
 //! A target returns, whatever it is given; it panics where a promise is broken. `scripts/fuzz NAME`
 //! runs one under libFuzzer; the tests run each over its seeds and over noise.
@@ -30,7 +30,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 18] = [
+pub const TARGETS: [Target; 19] = [
     Target { name: "virtio_block", run: virtio::block },
     Target { name: "virtio_console", run: virtio::console },
     Target { name: "virtio_rng", run: virtio::rng },
@@ -49,4 +49,5 @@ pub const TARGETS: [Target; 18] = [
     Target { name: "vm_json", run: document::vm_json },
     Target { name: "job_spec", run: document::job_spec },
     Target { name: "cluster_trace", run: document::cluster_trace },
+    Target { name: "provider_answer", run: document::provider_answer },
 ];

@@ -91,4 +91,5 @@ survives!(
     vm_json,
     job_spec,
     cluster_trace,
+    provider_answer,
 );

@@ -6,6 +6,7 @@ use clap::Subcommand;
 use comfy_table::Table;
 use lathe_api::client::Client;
 use lathe_api::pool::{Amounts, Pool, PoolStatus, Quota, Tenant, TenantStatus};
+use lathe_api::provider::{PoolProvider, ProvidedState, ProviderStatus};
 use serde::Serialize;
 
 use super::file;
@@ -73,7 +74,7 @@ pub async fn pool(command: PoolCommand, client: &Client, format: Format) -> anyh
             let status = client.pool(&name).await?;
             match format {
                 Format::Json => output::json(&status)?,
-                Format::Table => print!("{}", pool_text(&status)),
+                Format::Table => print!("{}", pool_text(&status, output::now_ms())),
             }
         }
         PoolCommand::Set { file } => {
@@ -137,7 +138,7 @@ fn pool_table(pools: &[PoolStatus]) -> Table {
         "LIMIT",
     ]);
     for status in pools {
-        let PoolStatus { pool, nodes, capacity, usage, running, pending } = status;
+        let PoolStatus { pool, nodes, capacity, usage, running, pending, provider: _ } = status;
         table.add_row([
             pool.name.clone(),
             pool.parent.clone().unwrap_or_default(),
@@ -155,8 +156,8 @@ fn pool_table(pools: &[PoolStatus]) -> Table {
     table
 }
 
-fn pool_text(status: &PoolStatus) -> String {
-    let PoolStatus { pool, nodes, capacity, usage, running, pending } = status;
+fn pool_text(status: &PoolStatus, now_ms: u64) -> String {
+    let PoolStatus { pool, nodes, capacity, usage, running, pending, provider } = status;
     let mut lines = vec![("name", pool.name.clone())];
     if let Some(parent) = &pool.parent {
         lines.push(("part of", parent.clone()));
@@ -180,7 +181,52 @@ fn pool_text(status: &PoolStatus) -> String {
     lines.push(("weight", pool.weight.to_string()));
     let tenants = if pool.tenants.is_empty() { "all".to_owned() } else { pool.tenants.join(", ") };
     lines.push(("tenants", tenants));
+    if let (Some(set), Some(status)) = (&pool.provider, provider) {
+        lines.extend(provider_lines(set, status, now_ms).into_iter().map(|line| ("provider", line)));
+    }
     lines.iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect()
+}
+
+/// What a pool may have of its provider, has of it, and what is under way.
+fn provider_lines(set: &PoolProvider, status: &ProviderStatus, now_ms: u64) -> Vec<String> {
+    let ago = |then_ms: u64| output::duration(now_ms.saturating_sub(then_ms));
+    let PoolProvider { name, min_nodes, max_nodes, cooldown, idle, shape, .. } = set;
+    let gpus = if shape.gpus > 0 { format!(", {} GPUs", shape.gpus) } else { String::new() };
+    let mut lines = vec![format!(
+        "{name}: {min_nodes} to {max_nodes} nodes of {} CPUs, {}{gpus}; given back after {idle}, cool-down {cooldown}",
+        shape.cpus, shape.memory
+    )];
+    lines.extend(status.problem.clone());
+    if let Some(asked) = &status.asked {
+        let why = if asked.why.is_empty() { String::new() } else { format!(": {}", asked.why) };
+        lines.push(format!(
+            "asked for {} nodes {} ago ({}){why}",
+            asked.count,
+            ago(asked.at_ms),
+            asked.request
+        ));
+    }
+    if let Some(failure) = &status.failure {
+        let reason = failure.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        let again = match failure.again_ms > now_ms {
+            true => format!("; asked again {}", output::ahead_of(failure.again_ms, now_ms)),
+            false => String::new(),
+        };
+        lines.push(format!("failed {} ago, {} in a row{reason}{again}", ago(failure.at_ms), failure.times));
+    }
+    if let Some(until_ms) = status.cooldown_until_ms {
+        lines.push(format!("cools down, over {}", output::ahead_of(until_ms, now_ms)));
+    }
+    for node in &status.nodes {
+        let state = match node.state {
+            ProvidedState::Coming => "coming",
+            ProvidedState::Joined => "joined",
+            ProvidedState::Closing => "closing",
+            ProvidedState::Releasing => "being given back",
+        };
+        lines.push(format!("{} {state} for {}", node.name, ago(node.since_ms)));
+    }
+    lines
 }
 
 fn tenant_table(tenants: &[TenantStatus]) -> Table {
@@ -263,7 +309,7 @@ mod tests {
     #[test]
     fn a_pool_reads_as_it_was_set() {
         assert_eq!(
-            pool_text(&status()),
+            pool_text(&status(), 0),
             "name       train\n\
              part of    gpus\n\
              nodes      zone in a, b\n\
@@ -275,6 +321,31 @@ mod tests {
              limit      1 TiB, 16 GPUs\n\
              weight     1\n\
              tenants    red\n"
+        );
+    }
+
+    #[test]
+    fn a_pools_provider_says_what_it_made_and_what_went_wrong() {
+        let mut status = status();
+        let json =
+            r#"{"name": "cloud", "max_nodes": 4, "shape": {"cpus": 8, "memory": "32 GiB", "gpus": 2}}"#;
+        status.pool.provider = Some(serde_json::from_str(json).unwrap());
+        let json = r#"{"nodes": [{"name": "n1", "state": "coming", "since_ms": 50000, "request": "train-1"}],
+            "asked": {"request": "train-2", "count": 2, "why": "for jobs that wait: a-ab12cd", "at_ms": 30000},
+            "failure": {"reason": "no capacity", "times": 3, "at_ms": 58000, "again_ms": 62000},
+            "cooldown_until_ms": 90000}"#;
+        status.provider = Some(serde_json::from_str(json).unwrap());
+        let text = pool_text(&status, 60_000);
+        let lines: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("provider   ")).collect();
+        assert_eq!(
+            lines,
+            [
+                "cloud: 0 to 4 nodes of 8 CPUs, 32 GiB, 2 GPUs; given back after 10m, cool-down 1m",
+                "asked for 2 nodes 30.0 s ago (train-2): for jobs that wait: a-ab12cd",
+                "failed 2.0 s ago, 3 in a row: no capacity; asked again in 2.0 s",
+                "cools down, over in 30.0 s",
+                "n1 coming for 10.0 s",
+            ]
         );
     }
 

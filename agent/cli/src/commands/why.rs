@@ -44,6 +44,9 @@ fn explain(why: &Why, now_ms: u64) -> String {
     if let Some(remedy) = &why.remedy {
         line(&mut text, "starts if", remedy);
     }
+    if let Some(provider) = &why.provider {
+        line(&mut text, "provider", provider);
+    }
     if let Some(start) = why.expected_start_ms {
         let after = why.after.as_ref().map(|after| format!(", when job {after} ends")).unwrap_or_default();
         line(&mut text, "expected", &format!("{}{after}", output::ahead_of(start, now_ms)));
@@ -126,6 +129,7 @@ mod tests {
     #[test]
     fn a_job_that_waits_says_for_what_until_when_and_what_happened_before() {
         let json = r#"{"job": "a-ab12cd", "state": "pending", "reason": "needs 8 GPUs", "remedy": "jobs end",
+            "provider": "pool a's provider was asked for 2 nodes 30s ago",
             "expected_start_ms": 7260000, "after": "b-ab12cd", "position": 2, "waiting": 5, "decisions": [
             {"time_ms": 0, "attempt": 1, "kind": "placed", "by": "policy", "why": "fits best on n1"},
             {"time_ms": 30000, "attempt": 1, "kind": "preempted", "by": "operator", "why": ""}]}"#;
@@ -133,6 +137,7 @@ mod tests {
             explain(&serde_json::from_str(json).unwrap(), 60_000),
             "state      pending: needs 8 GPUs\n\
              starts if  jobs end\n\
+             provider   pool a's provider was asked for 2 nodes 30s ago\n\
              expected   in 2 h 0 min, when job b-ab12cd ends\n\
              queue      2 of 5 that wait in its pool\n\
              decided    60.0 s ago, attempt 1: placed by the policy: fits best on n1\n\

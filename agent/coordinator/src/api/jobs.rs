@@ -19,11 +19,12 @@ use super::error::ApiError;
 use super::extract::{Json, User};
 use super::redact::{self, Hidden};
 use super::stream::{Lines, json_lines};
+use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
 use crate::logs::LogReader;
 use crate::reconcile::model::{gang, waits};
 use crate::records::{ACTIVE_JOBS, ENDED_JOBS, JobRecord, of_prefix};
-use crate::{remedy, submit};
+use crate::{provider, remedy, submit};
 
 const SPEC_BYTES: usize = 1 << 20;
 /// Lines read from the files at once.
@@ -247,6 +248,10 @@ pub async fn why(
         Some(explained) => place_in_queue(&coordinator, &job.spec.pool, explained.position),
         None => (None, None),
     };
+    let provider = match &explained {
+        Some(_) => provider::status::told(&coordinator, &job, now_ms()).await?,
+        None => None,
+    };
     let mut hidden = Hidden::default();
     redact::job(&coordinator, &user, &mut hidden, &mut job).await?;
     let texts: Vec<&str> = decisions.iter().map(|decision| decision.why.as_str()).collect();
@@ -259,6 +264,7 @@ pub async fn why(
         state: job.state,
         reason: job.reason,
         remedy: explained.map(|explained| remedy::remedy(&explained.waiting.reason).to_owned()),
+        provider,
         expected_start_ms: job.expected_start_ms,
         after: job.after,
         position,

@@ -8,12 +8,14 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use lathe_api::job::JobState;
 use lathe_api::node::NodeState;
+use lathe_api::provider::ProvidedState;
 use utoipa::OpenApi;
 
 use super::error::ApiError;
 use super::openapi::ApiDoc;
 use crate::coordinator::Coordinator;
-use crate::records::{ACTIVE_JOBS, ENDED_JOBS, JobRecord, of_prefix};
+use crate::provider::fleet::Fleet;
+use crate::records::{ACTIVE_JOBS, ENDED_JOBS, FLEETS, JobRecord, load_all, of_prefix};
 
 /// Whether the store answers.
 #[utoipa::path(get, path = "/healthz", tag = "meta", responses((status = 200, body = String)))]
@@ -64,10 +66,34 @@ async fn cluster_gauges(coordinator: &Coordinator, page: &mut Page) -> Result<()
     for ((_, name), count) in JOB_STATES.iter().zip(states) {
         page.sample("lathe_jobs", &format!("state=\"{name}\""), count);
     }
+    let fleets = load_all::<Fleet>(&*coordinator.store, FLEETS).await?;
+    provider_gauges(fleets.iter().map(|(pool, fleet)| (pool.as_str(), &fleet.value)), page);
     page.family("lathe_store_revision", "counter", "Commits of the store.");
     page.sample("lathe_store_revision", "", listing.revision);
     Ok(())
 }
+
+fn provider_gauges<'a>(fleets: impl Iterator<Item = (&'a str, &'a Fleet)> + Clone, page: &mut Page) {
+    page.family("lathe_provider_nodes", "gauge", "Nodes that pools' providers made, by state.");
+    for (pool, fleet) in fleets.clone() {
+        for (state, name) in PROVIDED_STATES {
+            let count = fleet.in_state(state).count() as u64;
+            page.sample("lathe_provider_nodes", &format!("pool=\"{pool}\",state=\"{name}\""), count);
+        }
+    }
+    page.family("lathe_provider_failures", "gauge", "Failures in a row of pools' providers.");
+    for (pool, fleet) in fleets {
+        let times = fleet.failure.as_ref().map_or(0, |failure| failure.times.into());
+        page.sample("lathe_provider_failures", &format!("pool=\"{pool}\""), times);
+    }
+}
+
+const PROVIDED_STATES: [(ProvidedState, &str); 4] = [
+    (ProvidedState::Coming, "coming"),
+    (ProvidedState::Joined, "joined"),
+    (ProvidedState::Closing, "closing"),
+    (ProvidedState::Releasing, "releasing"),
+];
 
 const JOB_STATES: [(JobState, &str); 7] = [
     (JobState::Pending, "pending"),
@@ -120,5 +146,27 @@ impl Page {
             "" => writeln!(self.0, "{name} {value}"),
             labels => writeln!(self.0, "{name}{{{labels}}} {value}"),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::fleet::Fault;
+
+    #[test]
+    fn providers_that_fail_or_hang_show() {
+        let mut fleet = Fleet::of("cloud");
+        fleet.add("n1", "r1", 1);
+        fleet.fail(Fault::Grow, "no".to_owned(), 1);
+        let mut page = Page::default();
+        provider_gauges([("train", &fleet)].into_iter(), &mut page);
+        for line in [
+            "lathe_provider_nodes{pool=\"train\",state=\"coming\"} 1\n",
+            "lathe_provider_nodes{pool=\"train\",state=\"joined\"} 0\n",
+            "lathe_provider_failures{pool=\"train\"} 1\n",
+        ] {
+            assert!(page.0.contains(line), "{}", page.0);
+        }
     }
 }

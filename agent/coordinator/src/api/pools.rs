@@ -14,9 +14,11 @@ use lathe_api::scheduling::AuditEntry;
 
 use super::error::ApiError;
 use super::extract::{Admin, Json, User};
+use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
 use crate::policy::{self, Pools, Tenants};
-use crate::records::{ACTIVE_JOBS, JobRecord, POOLS, TENANTS, of_prefix};
+use crate::provider::{fleet::Fleet, status};
+use crate::records::{ACTIVE_JOBS, FLEETS, JobRecord, POOLS, TENANTS, load_all, of_prefix};
 use crate::{audit, operate};
 
 const REQUEST_BYTES: usize = 256 << 10;
@@ -147,11 +149,23 @@ async fn settings(coordinator: &Coordinator) -> Result<(Pools, Tenants, Vec<Job>
 async fn statuses(coordinator: &Coordinator, user: &User) -> Result<Vec<PoolStatus>, ApiError> {
     let (pools, _, jobs) = settings(coordinator).await?;
     let nodes = super::nodes::nodes(coordinator, None).await?;
+    let fleets: BTreeMap<String, Fleet> = load_all(&*coordinator.store, FLEETS)
+        .await?
+        .into_iter()
+        .map(|(name, fleet)| (name, fleet.value))
+        .collect();
     let visible = pools.values().filter(|pool| user.is_admin() || pool.admits(&user.0.tenant));
-    Ok(visible.map(|pool| status(&pools, pool, &nodes, &jobs)).collect())
+    let programs = &coordinator.options.providers;
+    Ok(visible
+        .map(|pool| {
+            let fleet = fleets.get(&pool.name);
+            let provider = status::status(pool, fleet, programs, user.is_admin(), now_ms());
+            PoolStatus { provider, ..status_of(&pools, pool, &nodes, &jobs) }
+        })
+        .collect())
 }
 
-fn status(pools: &Pools, pool: &Pool, nodes: &[Node], jobs: &[Job]) -> PoolStatus {
+fn status_of(pools: &Pools, pool: &Pool, nodes: &[Node], jobs: &[Job]) -> PoolStatus {
     let mut capacity = Amounts::default();
     let mut count = 0;
     for node in nodes.iter().filter(|node| node.state == NodeState::Ready) {
@@ -168,6 +182,7 @@ fn status(pools: &Pools, pool: &Pool, nodes: &[Node], jobs: &[Job]) -> PoolStatu
         usage: usage.amounts,
         running: usage.running,
         pending: usage.pending,
+        provider: None,
     }
 }
 

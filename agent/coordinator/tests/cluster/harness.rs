@@ -19,6 +19,7 @@ use lathe_api::sandbox::{Desired, NodeDesired, SandboxSpec};
 use lathe_api::token::{TokenKind, TokenRequest};
 use lathe_coordinator::coordinator::{Coordinator, Options};
 use lathe_coordinator::init::{InitOptions, Initialized, init};
+use lathe_coordinator::provider::registry::Programs;
 use lathe_coordinator::server;
 use rcgen::{CertificateParams, KeyPair};
 use tokio::net::TcpListener;
@@ -34,6 +35,7 @@ pub struct Cluster {
     pub made: Initialized,
     pub address: String,
     pub node_expiry: Duration,
+    providers: Programs,
     running: Option<(Arc<Coordinator>, JoinHandle<()>)>,
 }
 
@@ -43,6 +45,10 @@ impl Cluster {
     }
 
     pub async fn start_with_expiry(node_expiry: Duration) -> Self {
+        Self::start_with(node_expiry, Programs::new()).await
+    }
+
+    pub async fn start_with(node_expiry: Duration, providers: Programs) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let data_dir = dir.path().join("data");
         let made = init(&InitOptions {
@@ -54,7 +60,7 @@ impl Cluster {
         .await
         .expect("a new cluster");
         let mut cluster =
-            Self { _dir: dir, data_dir, made, address: String::new(), node_expiry, running: None };
+            Self { _dir: dir, data_dir, made, address: String::new(), node_expiry, providers, running: None };
         cluster.run("127.0.0.1:0").await;
         cluster
     }
@@ -65,6 +71,7 @@ impl Cluster {
             node_expiry: self.node_expiry,
             log_limit_bytes: 1 << 20,
             blob_limit_bytes: 1 << 20,
+            providers: self.providers.clone(),
         };
         // The store is released when the last connection of a stopped coordinator is gone.
         let coordinator =
@@ -84,9 +91,18 @@ impl Cluster {
     }
 
     pub async fn restart(&mut self) {
-        let address = self.address.clone();
         self.stop().await;
+        self.restart_stopped().await;
+    }
+
+    pub async fn restart_stopped(&mut self) {
+        let address = self.address.clone();
         self.run(&address).await;
+    }
+
+    /// The coordinator itself, for what no caller can do.
+    pub fn coordinator(&self) -> &Coordinator {
+        &self.running.as_ref().expect("running").0
     }
 
     pub fn ca(&self) -> String {

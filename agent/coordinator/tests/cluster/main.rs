@@ -6,5 +6,6 @@ mod gangs;
 mod gpus;
 mod harness;
 mod operators;
+mod providers;
 mod scale;
 mod scheduling;

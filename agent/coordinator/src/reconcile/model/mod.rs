@@ -112,6 +112,10 @@ impl Model {
             return false;
         };
         let known = &self.cluster.nodes()[index as usize];
+        if node.is_none() && !contents.nodes.contains_key(name) {
+            // It was given back, and does not keep a place for ever.
+            return true;
+        }
         let node = node.unwrap_or_else(|| lost(known));
         if node != *known {
             if !node.gpus.iter().map(|gpu| &gpu.id).eq(known.gpus.iter().map(|gpu| &gpu.id)) {
