@@ -20,6 +20,7 @@ use crate::network::Cidr;
 use crate::pki::{Authority, PkiError};
 use crate::records::{self, CLUSTER, ClusterRecord};
 use crate::sequence::Sequence;
+use crate::services::Loads;
 use crate::state::View;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
@@ -85,6 +86,8 @@ pub struct Coordinator {
     pub sequence: Sequence,
     /// Why jobs wait.
     pub explanations: Explanations,
+    /// What is in flight at services.
+    pub loads: Loads,
     /// Held by the one join at a time.
     pub joining: tokio::sync::Mutex<()>,
     /// What would become of jobs.
@@ -140,6 +143,7 @@ impl Coordinator {
             view,
             sequence: Sequence::default(),
             explanations: Explanations::default(),
+            loads: Loads::default(),
             dry_runs: DryRuns::default(),
             _follower: followed.drop_guard(),
             blobs: Blobs::open(&dir.join("blobs"), options.blob_limit_bytes)?,

@@ -8,3 +8,4 @@ mod harness;
 mod operators;
 mod scale;
 mod scheduling;
+mod services;
