@@ -137,20 +137,26 @@ fn replicas_in_containers_follow_the_requests_in_flight_and_come_back_when_they_
     comes_back(&cluster, &web, nodes[1], &shrunk.replicas[0]);
     lathe(&cluster, &["service", "cancel", &web.id]);
     service(&cluster, &web.id, "it is gone", |service| service.finished_ms.is_some());
-    assert!(cluster.connect(nodes[0]).is_err(), "nobody listens any more");
+    until("nobody listens any more", PATIENCE, || Ok(cluster.connect(nodes[0]).is_err().then_some(())))
+        .unwrap();
 }
 
 /// Six requests at once, at one node, are two for each of three replicas, on both nodes.
 fn grow(cluster: &Cluster, web: &Service, node: SocketAddr) -> Vec<BufReader<TcpStream>> {
-    let mut held: Vec<_> = (0..4).map(|_| ask(cluster, node, "/hold").0).collect();
+    let (mut held, mut by): (Vec<_>, BTreeSet<_>) = (0..4).map(|_| ask(cluster, node, "/hold")).unzip();
+    assert_eq!(by.len(), 1, "there is one replica");
     service(cluster, &web.id, "two replicas are ready", |service| settled(service, 2));
-    let mut by = BTreeSet::new();
+    // The node hears of it a moment later; from then on the new one has the least to do.
+    until("the second replica answers", PATIENCE, || {
+        Ok((!by.contains(&ask(cluster, node, "/").1)).then_some(()))
+    })
+    .unwrap();
     for _ in 0..2 {
         let (stream, replica) = ask(cluster, node, "/hold");
         held.push(stream);
         by.insert(replica);
     }
-    assert_eq!(by.len(), 1, "the new one has the least to do");
+    assert_eq!(by.len(), 2);
     let three = service(cluster, &web.id, "three replicas are ready", |service| {
         settled(service, 3) && service.in_flight == 6
     });
