@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use crate::artefact::Digest;
 use crate::pool::DEFAULT_POOL;
 use crate::scheduling::{Communication, Constraint, Isolation, Preference, Toleration, Topology};
+use crate::service::ServiceSpec;
 use crate::{MemorySize, TimeSpan};
 
 /// How strongly a sandbox is isolated, and by what.
@@ -91,6 +92,9 @@ pub struct JobSpec {
     /// Taints of nodes that do not keep it away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tolerations: Vec<Toleration>,
+    /// Makes it a service: work that stays up. Each replica is a job of one task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceSpec>,
 }
 
 fn default_pool() -> String {
@@ -206,6 +210,9 @@ pub struct Job {
     pub id: String,
     /// Whose.
     pub tenant: String,
+    /// The service that it is a replica of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
     /// As submitted, defaults filled in.
     pub spec: JobSpec,
     /// The image's digest, resolved at submission.
@@ -258,6 +265,9 @@ pub struct Task {
     pub address: Option<String>,
     /// Now.
     pub state: TaskState,
+    /// It is a service's replica, and its port accepts connections.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ready: bool,
     /// Why it failed or was lost. One line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

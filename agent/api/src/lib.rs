@@ -1,6 +1,7 @@
 //! Types of Lathe's HTTP APIs, shared by coordinator, agents and the command line, and the client.
 //!
 //! - [`job`]: what users submit and see: jobs, tasks, their states and reasons.
+//! - [`service`]: work that stays up: its replicas, and what is in flight at them.
 //! - [`scheduling`]: what jobs ask of where they run, and what is decided about them.
 //! - [`pool`]: pools and tenants, their quotas and policies.
 //! - [`provider`]: where pools get more nodes.
@@ -26,6 +27,7 @@ pub mod problem;
 pub mod provider;
 pub mod sandbox;
 pub mod scheduling;
+pub mod service;
 mod time_span;
 pub mod token;
 

@@ -10,6 +10,7 @@ use crate::artefact::Digest;
 use crate::gpu::Gpu;
 use crate::job::{IsolationClass, Stages, TaskExit, TaskState, Usage};
 use crate::scheduling::Taint;
+use crate::service::ServiceLoad;
 
 /// What a host has. Read from the kernel at registration and again when it may have changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -297,6 +298,9 @@ pub struct NodeReport {
     pub inventory: Inventory,
     /// Every sandbox the node knows of, also ended ones that are still desired.
     pub sandboxes: Vec<SandboxStatus>,
+    /// Services that it takes requests for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<ServiceLoad>,
 }
 
 /// How often an agent reports when nothing changes.
@@ -312,6 +316,9 @@ pub struct SandboxStatus {
     pub id: String,
     /// Now.
     pub state: TaskState,
+    /// Its port accepts connections, if it has one ([`crate::sandbox::SandboxSpec::port`]).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ready: bool,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

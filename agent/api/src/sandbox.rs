@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 use crate::HostPciAddress;
 use crate::artefact::{Dataset, Image};
 use crate::job::{IsolationClass, Resources};
+use crate::service::NodeService;
 
 /// The desired state of one node, whole. `GET /v1/agent/desired?after=REVISION` (mTLS) answers with
 /// a stream of these as JSON lines: at once if the revision differs, then after every change.
@@ -17,6 +18,10 @@ pub struct NodeDesired {
     /// ones only when it changed: it is long, and grows with the cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NodeNetwork>,
+    /// Services that this node takes requests for. The first line of a stream has them, later ones only
+    /// when they changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub services: Option<Vec<NodeService>>,
     /// Every sandbox that should exist here, running or stopping. One the agent knows and that is not
     /// listed is stopped and forgotten.
     pub sandboxes: Vec<SandboxSpec>,
@@ -33,12 +38,29 @@ pub struct NodeNetwork {
     /// talk within their tenant only. Told with a delay of seconds for what is not of this node; a
     /// gang's own addresses are in [`SandboxSpec::hosts`] at once.
     pub tenants: Vec<TenantAddresses>,
+    /// Replicas' ports on this node, which the nodes themselves reach. Never told: they follow from the
+    /// sandboxes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub served: Vec<ServedPort>,
+}
+
+/// A replica's port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServedPort {
+    /// The replica's address.
+    pub address: String,
+    /// TCP.
+    pub port: u16,
 }
 
 impl NodeDesired {
-    /// The network with the gangs' addresses that are known from the sandboxes alone.
+    /// The network with the gangs' addresses and the replicas' ports that are known from the sandboxes
+    /// alone.
     pub fn network_with_gangs(&self) -> NodeNetwork {
         let mut network = self.network.clone().unwrap_or_default();
+        let served =
+            |spec: &SandboxSpec| spec.port.map(|port| ServedPort { address: spec.address.clone(), port });
+        network.served = self.sandboxes.iter().filter_map(served).collect();
         for spec in &self.sandboxes {
             let at = network.tenants.iter().position(|tenant| tenant.tenant == spec.tenant);
             let at = at.unwrap_or_else(|| {
@@ -112,6 +134,9 @@ pub struct SandboxSpec {
     pub datasets: Vec<SandboxDataset>,
     /// Its address, in the node's subnet.
     pub address: String,
+    /// TCP port of a service's replica: what the node tries, to learn whether it is ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
     /// `/etc/hosts` lines beyond localhost, as `(address, name)`: the gang's members.
     pub hosts: Vec<(String, String)>,
     /// Seconds between SIGTERM and SIGKILL.

@@ -130,6 +130,8 @@ pub enum DecisionKind {
     Restarted,
     /// It was cancelled.
     Cancelled,
+    /// A service was given another number of replicas.
+    Scaled,
 }
 
 /// Who decided.
@@ -144,6 +146,8 @@ pub enum DecidedBy {
     Owner,
     /// Nobody: a node, a VMM or the job itself failed.
     Failure,
+    /// Its service, which needs another number of replicas or ends.
+    Service,
 }
 
 /// A decision about a job, for its history.

@@ -16,7 +16,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use commands::{
-    audit, cluster, dataset, doctor, gpu, image, job, node, pool, simulate, token, vm, vm_control, vm_device,
+    audit, cluster, dataset, doctor, gpu, image, job, node, pool, service, simulate, token, vm, vm_control,
+    vm_device,
 };
 use context::Connection;
 use exit::Exit;
@@ -70,6 +71,9 @@ enum Command {
     /// Work that ends.
     #[command(subcommand)]
     Job(job::Command),
+    /// Work that stays up, with as many replicas as the requests in flight need.
+    #[command(subcommand)]
+    Service(service::Command),
     /// MicroVMs on this machine, without a cluster.
     #[command(subcommand)]
     Vm(VmCommand),
@@ -128,6 +132,7 @@ async fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Image(command) => image::run(command, &cli.connection.client()?, format).await,
         Command::Dataset(command) => dataset::run(command, &cli.connection.client()?, format).await,
         Command::Job(command) => job::run(command, &cli.connection, format).await,
+        Command::Service(command) => service::run(command, &cli.connection, format).await,
     }
 }
 

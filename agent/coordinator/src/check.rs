@@ -6,6 +6,7 @@ use lathe_api::job::{DatasetMount, IsolationClass, JobSpec, Resources};
 use lathe_api::scheduling::{Constraint, Isolation, Operator, Topology};
 
 use crate::api::error::ApiError;
+use crate::services;
 
 const MAX_TASKS: u32 = 1024;
 const MAX_CPUS: u32 = 64;
@@ -71,7 +72,8 @@ pub fn job(spec: &JobSpec) -> Result<(), ApiError> {
     check_resources(spec)?;
     check_command(spec)?;
     check_mounts(&spec.datasets)?;
-    check_scheduling(spec)
+    check_scheduling(spec)?;
+    services::check::service(spec)
 }
 
 fn check_resources(spec: &JobSpec) -> Result<(), ApiError> {
@@ -146,7 +148,11 @@ fn check_mounts(mounts: &[DatasetMount]) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn range(field: &str, value: u32, least: u32, most: u32) -> Result<(), ApiError> {
+/// Whether a number is within its bounds.
+///
+/// # Errors
+/// Names the field, the value and the bounds.
+pub fn range(field: &str, value: u32, least: u32, most: u32) -> Result<(), ApiError> {
     if (least..=most).contains(&value) {
         return Ok(());
     }

@@ -22,6 +22,7 @@ use crate::provider::Helped;
 use crate::provider::registry::Programs;
 use crate::records::{self, CLUSTER, ClusterRecord};
 use crate::sequence::Sequence;
+use crate::services::Loads;
 use crate::state::View;
 use crate::store::redb::RedbStore;
 use crate::store::{Store, StoreError};
@@ -89,6 +90,8 @@ pub struct Coordinator {
     pub sequence: Sequence,
     /// Why jobs wait.
     pub explanations: Explanations,
+    /// What is in flight at services.
+    pub loads: Loads,
     /// Held by the one join at a time.
     pub joining: tokio::sync::Mutex<()>,
     /// What would become of jobs.
@@ -146,6 +149,7 @@ impl Coordinator {
             view,
             sequence: Sequence::default(),
             explanations: Explanations::default(),
+            loads: Loads::default(),
             dry_runs: DryRuns::default(),
             helped: Helped::default(),
             _follower: followed.drop_guard(),

@@ -5,10 +5,13 @@
 
 use std::collections::BTreeSet;
 
-use lathe_api::job::Job;
+use lathe_api::job::{Job, TaskState};
 use lathe_api::sandbox::{NodeDesired, NodeNetwork, Route, SandboxDataset, SandboxSpec, TenantAddresses};
+use lathe_api::service::{Backend, NodeService, ServiceState};
 
+use crate::policy;
 use crate::records::{Assignment, JobRecord};
+use crate::services::ServiceRecord;
 use crate::state::Contents;
 
 /// Port rank 0 listens on; torchrun's default.
@@ -21,7 +24,12 @@ pub fn node_desired(contents: &Contents, node: &str) -> Option<NodeDesired> {
         let job = contents.jobs.get(&assignment.value.job)?;
         sandbox_spec(contents, &job.value, &assignment.value, node, sandbox)
     });
-    Some(NodeDesired { revision: contents.revision, network: None, sandboxes: sandboxes.collect() })
+    Some(NodeDesired {
+        revision: contents.revision,
+        network: None,
+        services: None,
+        sandboxes: sandboxes.collect(),
+    })
 }
 
 /// What the sandboxes' network looks like from a node; none if it is not registered.
@@ -39,7 +47,57 @@ pub fn node_network(contents: &Contents, node: &str) -> Option<NodeNetwork> {
             Some(TenantAddresses { tenant: tenant.to_owned(), addresses })
         })
         .collect();
-    Some(NodeNetwork { subnet, routes, tenants })
+    Some(NodeNetwork { subnet, routes, tenants, served: Vec::new() })
+}
+
+/// The services that a node takes requests for: those of the pools that it is in.
+pub fn node_services(contents: &Contents, node: &str) -> Vec<NodeService> {
+    if contents.services.is_empty() {
+        return Vec::new();
+    }
+    let Some(record) = contents.nodes.get(node) else { return Vec::new() };
+    let pools = contents.all_pools();
+    let operations = contents.operations.get(node).map(|record| record.value.clone()).unwrap_or_default();
+    let labels = operations.labels_of(&record.value.inventory);
+    let here = |service: &&ServiceRecord| {
+        let pool = pools.get(&service.spec.pool);
+        pool.is_some_and(|pool| policy::has_node(&pools, pool, node, &labels))
+    };
+    let services = contents.services.values().map(|record| &record.value).filter(here);
+    services.filter_map(|service| node_service(contents, service)).collect()
+}
+
+fn node_service(contents: &Contents, record: &ServiceRecord) -> Option<NodeService> {
+    let service = record.service()?;
+    let replicas = contents.replicas(&record.id);
+    Some(NodeService {
+        id: record.id.clone(),
+        // What is in flight still has the replicas' grace periods.
+        closing: record.state != ServiceState::Active,
+        protocol: service.protocol,
+        listen: record.listen,
+        expose: service.expose,
+        max_waiting: service.max_waiting,
+        max_wait_seconds: service.max_wait.seconds(),
+        replicas: replicas.iter().filter_map(|job| backend(&job.value)).collect(),
+    })
+}
+
+/// A replica that has something in flight, or may get something.
+pub fn backend(record: &JobRecord) -> Option<Backend> {
+    let port = record.job.spec.service.as_ref()?.port;
+    let replica = record.replica.as_ref()?;
+    let task = record.job.tasks.first()?;
+    if !matches!(task.state, TaskState::Running | TaskState::Stopping) {
+        return None;
+    }
+    let stays = !record.cancelled && record.stopping.is_none() && replica.draining_since_ms.is_none();
+    Some(Backend {
+        sandbox: task.sandbox.clone()?,
+        address: task.address.clone()?,
+        port,
+        accepts: stays && task.ready && task.state == TaskState::Running,
+    })
 }
 
 /// What [`node_network`] is made of, as far as it takes to see that it changed.
@@ -100,6 +158,7 @@ fn sandbox_spec(
             .map(|(mount, dataset)| SandboxDataset { dataset: dataset.clone(), mount: mount.mount.clone() })
             .collect(),
         address: address_of(job, assignment.rank)?.to_owned(),
+        port: spec.service.as_ref().map(|service| service.port),
         hosts: hosts(job),
         grace_seconds: spec.grace_seconds,
     })
@@ -122,6 +181,7 @@ fn environment(job: &Job, rank: u32) -> Option<Vec<(String, String)>> {
         ("LOCAL_WORLD_SIZE", "1".to_owned()),
         ("NODE_RANK", rank.to_string()),
     ];
+    env.extend(job.spec.service.as_ref().map(|service| ("PORT".to_owned(), service.port.to_string())));
     env.extend(gang.map(|(name, value)| (name.to_owned(), value)));
     Some(env.into_iter().collect())
 }

@@ -9,6 +9,7 @@
 //! - [`policy`]: pools and tenants that were set; [`quotas`]: whether they fit together.
 //! - [`provider`]: nodes on demand, from programs of the operator's.
 //! - [`operate`]: what operators do; [`audit`]: what they did.
+//! - [`services`]: work that stays up, and how many replicas it needs.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
 //!   jobs wait; [`remedy`]: what would help; [`dry_run`]: what would become of a job.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
@@ -44,6 +45,7 @@ pub mod records;
 pub mod remedy;
 pub mod sequence;
 pub mod server;
+pub mod services;
 pub mod state;
 pub mod store;
 pub mod submit;

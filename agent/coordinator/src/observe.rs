@@ -437,10 +437,12 @@ fn update(task: &mut Task, status: &SandboxStatus, stopping: bool) -> bool {
     };
     let reason = status.reason.as_ref().map(|reason| one_line(reason));
     let changed = task.state != state
+        || task.ready != status.ready
         || task.exit != status.exit
         || task.reason != reason
         || task.stages != status.stages;
     task.state = state;
+    task.ready = status.ready;
     task.exit = status.exit;
     task.reason = reason;
     task.stages = status.stages;
@@ -448,7 +450,8 @@ fn update(task: &mut Task, status: &SandboxStatus, stopping: bool) -> bool {
     changed
 }
 
-fn one_line(text: &str) -> String {
+/// What an agent says, as people see it: one line, and not a long one.
+pub fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_REASON_CHARS).collect()
 }
 

@@ -14,9 +14,10 @@ use crate::coordinator::Coordinator;
 use crate::provider::{self, fleet::Fleet};
 use crate::quotas::{self, QuotaError};
 use crate::records::{
-    ACTIVE_JOBS, AUDIT_SEQUENCE, FLEETS, JobRecord, NODES, OPERATIONS, Operations, POOLS, TENANTS, of_prefix,
-    put,
+    ACTIVE_JOBS, ACTIVE_SERVICES, AUDIT_SEQUENCE, FLEETS, JobRecord, NODES, OPERATIONS, Operations, POOLS,
+    TENANTS, of_prefix, put,
 };
+use crate::services::ServiceRecord;
 use crate::store::{Listing, Outcome, StoreError, Transaction, Write};
 use crate::{audit, check, policy};
 
@@ -86,9 +87,9 @@ pub async fn set_pool(coordinator: &Coordinator, who: &TokenInfo, pool: &Pool) -
 /// Removes a pool; the default one becomes what it was before anybody set it.
 ///
 /// # Errors
-/// When there is none, it has parts, or jobs are in it.
+/// When there is none, it has parts, or jobs or services are in it.
 pub async fn remove_pool(coordinator: &Coordinator, who: &TokenInfo, name: &str) -> Result<(), ApiError> {
-    change(coordinator, who, name, &[POOLS, FLEETS, ACTIVE_JOBS], |listing| {
+    change(coordinator, who, name, &[POOLS, FLEETS, ACTIVE_JOBS, ACTIVE_SERVICES], |listing| {
         let key = format!("{POOLS}{name}");
         if !listing.entries.iter().any(|entry| entry.key == key) {
             return Err(ApiError::not_found("pool", name));
@@ -110,6 +111,14 @@ pub async fn remove_pool(coordinator: &Coordinator, who: &TokenInfo, name: &str)
                 let detail =
                     format!("jobs that have not ended are in pool {name:?}: {jobs}; cancel them first");
                 return Err(ApiError::conflict(detail));
+            }
+            // One without replicas has no job.
+            for record in of_prefix::<ServiceRecord>(&listing.entries, ACTIVE_SERVICES) {
+                let (id, record) = record?;
+                if record.value.spec.pool == name {
+                    let detail = format!("service {id} is in pool {name:?}; cancel it first");
+                    return Err(ApiError::conflict(detail));
+                }
             }
         }
         let writes = vec![Write::Delete { key }, Write::Delete { key: format!("{FLEETS}{name}") }];

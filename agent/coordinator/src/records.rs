@@ -9,7 +9,9 @@
 //! | `allocations/NODE` | [`Allocations`]: what the node's sandboxes take |
 //! | `assignments/NODE/SANDBOX` | [`Assignment`]: a sandbox that should exist |
 //! | `jobs/active/ID`, `jobs/ended/ID` | [`JobRecord`], in one of the two |
-//! | `jobs/sequence` | how many jobs were submitted |
+//! | `jobs/sequence` | how many jobs and services were submitted |
+//! | `services/active/ID`, `services/ended/ID` | [`ServiceRecord`](crate::services::ServiceRecord), in one of the two |
+//! | `service-ports/PORT` | the service that nodes listen there for |
 //! | `images/NAME`, `datasets/NAME` | [`Owned`] image or dataset |
 //! | `tokens/ID` | [`TokenRecord`] |
 //! | `pools/NAME`, `tenants/NAME` | [`Pool`](lathe_api::pool::Pool), [`Tenant`](lathe_api::pool::Tenant), as they were set |
@@ -55,6 +57,12 @@ pub const ASSIGNMENTS: &str = "assignments/";
 pub const ACTIVE_JOBS: &str = "jobs/active/";
 /// Prefix of jobs that have.
 pub const ENDED_JOBS: &str = "jobs/ended/";
+/// Prefix of services that have not ended.
+pub const ACTIVE_SERVICES: &str = "services/active/";
+/// Prefix of services that have.
+pub const ENDED_SERVICES: &str = "services/ended/";
+/// Prefix of ports that nodes listen on for services.
+pub const SERVICE_PORTS: &str = "service-ports/";
 /// Prefix of images.
 pub const IMAGES: &str = "images/";
 /// Prefix of datasets.
@@ -217,17 +225,37 @@ pub struct JobRecord {
     /// What was decided about it, oldest first.
     #[serde(default)]
     pub decisions: Vec<Decision>,
+    /// It is a replica of [`Job::service`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<ReplicaRecord>,
 }
 
 impl JobRecord {
     /// Adds to the job's history, which stays bounded.
     pub fn decide(&mut self, kind: DecisionKind, by: DecidedBy, why: impl Into<String>, now_ms: u64) {
         let decision = Decision { time_ms: now_ms, attempt: self.job.attempt, kind, by, why: why.into() };
-        if self.decisions.len() >= MAX_DECISIONS {
-            self.decisions.remove(FIRST_DECISIONS);
-        }
-        self.decisions.push(decision);
+        remember(&mut self.decisions, decision);
     }
+}
+
+/// Adds to a history, which stays bounded: the first decisions and the latest are kept.
+pub fn remember(decisions: &mut Vec<Decision>, decision: Decision) {
+    if decisions.len() >= MAX_DECISIONS {
+        decisions.remove(FIRST_DECISIONS);
+    }
+    decisions.push(decision);
+}
+
+/// What a job that is a service's replica has beyond others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReplicaRecord {
+    /// Since when it gets nothing new, because it is to end.
+    pub draining_since_ms: Option<u64>,
+    /// Until when it is not to be placed again, because it ended by itself.
+    pub held_until_ms: Option<u64>,
+    /// How often it ended in a row, each time soon after it had been placed.
+    pub ends_in_a_row: u32,
 }
 
 /// Why an attempt is being stopped.

@@ -9,8 +9,8 @@ use crate::api::error::ApiError;
 use crate::check;
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
-use crate::reconcile::fresh_tasks;
 use crate::records::{ACTIVE_JOBS, DATASETS, ENDED_JOBS, IMAGES, JobRecord, Owned, Versioned, load, put};
+use crate::services::record;
 use crate::store::{Outcome, StoreError, Transaction};
 use crate::tokens;
 
@@ -49,6 +49,10 @@ pub async fn find_job(
 /// # Errors
 /// See there.
 pub async fn submit(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> Result<Job, ApiError> {
+    if spec.service.is_some() {
+        let detail = "this is a service; submit it as one (`lathe service run`), or leave the table out";
+        return Err(ApiError::field("service", detail));
+    }
     let mut record = prepare(coordinator, tenant, spec).await?;
     let store = &*coordinator.store;
     for _ in 0..ATTEMPTS {
@@ -80,36 +84,8 @@ pub async fn prepare(coordinator: &Coordinator, tenant: &str, spec: JobSpec) -> 
     for (index, mount) in spec.datasets.iter().enumerate() {
         datasets.push(resolve_dataset(coordinator, index, mount).await?);
     }
-    let job = Job {
-        id: String::new(),
-        tenant: tenant.to_owned(),
-        image_digest: image.digest,
-        state: JobState::Pending,
-        reason: None,
-        expected_start_ms: None,
-        after: None,
-        why: None,
-        size: None,
-        preemptions: 0,
-        attempt: 0,
-        tasks: fresh_tasks(spec.tasks),
-        submitted_ms: now_ms(),
-        finished_ms: None,
-        spec,
-    };
-    Ok(JobRecord {
-        job,
-        sequence: 0,
-        image,
-        datasets,
-        failures: 0,
-        losses: 0,
-        restart_reason: None,
-        cancelled: false,
-        stopping: None,
-        placed_ms: None,
-        decisions: Vec::new(),
-    })
+    let job = record::job(tenant, spec, &image, now_ms());
+    Ok(record::job_record(job, image, datasets))
 }
 
 /// Asks for a job to be cancelled. One that has ended stays as it is.

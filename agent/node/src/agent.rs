@@ -7,13 +7,15 @@
 //! | [`read_inventories`] | the host's files and drivers | the inventory |
 //! | [`report`] | sandboxes as observed, the inventory | reports, which are the heartbeat too |
 //! | [`ship`] | spools | output |
+//! | [`balancer::run`] | services that are desired | requests in flight, for the reports |
+//! | [`readiness::run`] | replicas that are desired and run | whether they are ready, for the reports |
 //!
 //! Each goes on by itself when the coordinator is away, and retries with a capped delay.
 //! Sandboxes do not notice, nor do they when the agent ends.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +32,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::balancer::readiness::{self, Readiness};
+use crate::balancer::{self, Balancers};
 use crate::cgroup::CgroupTree;
 use crate::files;
 use crate::gpus::{Gpus, Policy};
@@ -119,6 +123,10 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
             }
         });
     }
+    let balancers = Arc::new(Balancers::new(settings.address.parse().unwrap_or(Ipv4Addr::UNSPECIFIED)));
+    let ready = Arc::new(Readiness::default());
+    tokio::spawn(balancer::run(balancers.clone(), desired.clone()));
+    tokio::spawn(readiness::run(ready.clone(), desired.clone(), snapshot.clone()));
     tokio::spawn(watch_desired(client.clone(), host.clone(), desired_sender, changed.clone()));
     tokio::spawn(ship(client.clone(), host.clone(), shipped.0, ended.clone(), changed.clone()));
     let inventory = watch::channel(first_inventory(&host.paths, &host.gpus));
@@ -128,6 +136,8 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         address: settings.address.clone(),
         labels: settings.labels.clone(),
         host: host.clone(),
+        balancers,
+        ready,
     };
     tokio::spawn(report(reporter, inventory.1, snapshot, connected_sender));
     let reconciler = Reconciler::new(host.clone(), changed.clone());
@@ -308,9 +318,9 @@ async fn watch_desired(
                     match next {
                         Ok(mut desired) => {
                             // Told only when it changed.
-                            if desired.network.is_none() {
-                                let before = sender.borrow();
-                                desired.network = before.as_ref().and_then(|before| before.network.clone());
+                            if let Some(before) = sender.borrow().as_ref() {
+                                desired.network = desired.network.or_else(|| before.network.clone());
+                                desired.services = desired.services.or_else(|| before.services.clone());
                             }
                             backoff = Backoff::default();
                             if let Err(error) = files::write_json(&last_desired(&host.paths), &desired) {
@@ -397,6 +407,8 @@ struct Reporter {
     address: String,
     labels: BTreeMap<String, String>,
     host: Arc<Host>,
+    balancers: Arc<Balancers>,
+    ready: Arc<Readiness>,
 }
 
 /// Reports on every change, and often enough to count as alive.
@@ -406,23 +418,31 @@ async fn report(
     mut snapshot: watch::Receiver<Snapshot>,
     connected: watch::Sender<bool>,
 ) {
-    let Reporter { client, address, labels, host } = reporter;
+    let Reporter { client, address, labels, host, balancers, ready } = reporter;
+    let mut waited = false;
     let mut last: Option<(Vec<SandboxStatus>, Instant)> = None;
     let interval = Duration::from_millis(REPORT_INTERVAL_MS);
     loop {
-        let Snapshot { sandboxes, passes, .. } = snapshot.borrow_and_update().clone();
+        let Snapshot { mut sandboxes, passes, .. } = snapshot.borrow_and_update().clone();
+        ready.tell(&mut sandboxes);
+        // Whoever is the first to wait for a replica does not wait for the next report too.
+        let waits = balancers.waiting() > 0;
+        let first = waits && !waited;
         // Before the first pass nothing was observed: an empty report would be a lie.
         let due = passes > 0
-            && last
-                .as_ref()
-                .is_none_or(|(sent, when)| when.elapsed() >= interval || !same_states(sent, &sandboxes));
+            && last.as_ref().is_none_or(|(sent, when)| {
+                first || when.elapsed() >= interval || !same_states(sent, &sandboxes)
+            });
         if due {
             let mut inventory = inventory.borrow().clone();
             // Who has a device changes more often than the device.
             host.gpus.describe(&mut inventory.gpus);
             inventory.labels.clone_from(&labels);
             inventory.artefacts = host.images.list();
-            let report = NodeReport { address: address.clone(), inventory, sandboxes: sandboxes.clone() };
+            waited = waits;
+            let services = balancers.loads();
+            let sent = sandboxes.clone();
+            let report = NodeReport { address: address.clone(), inventory, sandboxes: sent, services };
             let sent = client.report(&report).await;
             let was_connected = connected.send_replace(sent.is_ok());
             match sent {
@@ -443,7 +463,7 @@ async fn report(
 
 /// What deserves a report at once; figures that grow all the time wait for the next.
 fn same_states(a: &[SandboxStatus], b: &[SandboxStatus]) -> bool {
-    let key = |s: &SandboxStatus| (s.id.clone(), s.state, s.exit, s.lost, s.reason.clone());
+    let key = |s: &SandboxStatus| (s.id.clone(), s.state, s.ready, s.exit, s.lost, s.reason.clone());
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| key(a) == key(b))
 }
 

@@ -10,6 +10,7 @@
 //! | `journal` | what was begun on the host, written before it is |
 //! | [`images`] | OCI images and datasets as EROFS files |
 //! | `network` | bridge, interfaces, routes, filter |
+//! | `balancer` | takes requests for services and hands them to replicas |
 //! | [`gpus`] | takes GPUs from the host's drivers for sandboxes, and gives them back clean |
 //! | `cgroup` | limits, and the end of everything in a sandbox |
 //! | `inventory` | what the host has, and what it can run |
@@ -20,6 +21,7 @@
 //! | [`reset`] | a host as it was before its first agent |
 
 pub mod agent;
+mod balancer;
 mod beneath;
 mod cgroup;
 mod files;

@@ -44,9 +44,15 @@ pub async fn run(
     let _lock = lock_host()?;
     let host = Arc::new(open_host(paths, BlobSource::Folder(blobs), gpus)?);
     let tenant = TenantAddresses { tenant: spec.tenant.clone(), addresses: vec![spec.address.clone()] };
-    let network = NodeNetwork { subnet: subnet.to_owned(), routes: Vec::new(), tenants: vec![tenant] };
+    let network = NodeNetwork {
+        subnet: subnet.to_owned(),
+        routes: Vec::new(),
+        tenants: vec![tenant],
+        served: Vec::new(),
+    };
     host.network.configure(&network).await?;
-    let mut desired = NodeDesired { revision: 1, network: Some(network), sandboxes: vec![spec.clone()] };
+    let mut desired =
+        NodeDesired { revision: 1, network: Some(network), services: None, sandboxes: vec![spec.clone()] };
 
     let mut reconciler = Reconciler::new(host.clone(), Arc::new(Notify::new()));
     let mut interrupt = signal(SignalKind::interrupt())?;

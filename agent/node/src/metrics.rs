@@ -151,6 +151,7 @@ mod tests {
         let sandbox = SandboxStatus {
             id: "a-0-1".into(),
             state: TaskState::Running,
+            ready: false,
             reason: None,
             lost: false,
             exit: None,

@@ -3,14 +3,17 @@
 //! cluster is dropped.
 
 use std::fs::File;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use lathe_api::job::{Job, JobState};
 use lathe_api::node::{Node, NodeState};
 use lathe_testbed::bed::HARNESS_ADDRESS;
 use lathe_testbed::{Bed, Device, Host, HostDescription, HostFile};
+use nix::sched::{CloneFlags, setns};
 use serde::de::DeserializeOwned;
 
 use crate::artefacts;
@@ -20,6 +23,8 @@ use crate::wait::{PATIENCE, until};
 
 /// The coordinator's port in the hosts' network.
 const PORT: u16 = 7700;
+/// How long an emulated host may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(60);
 
 /// What kind of cluster.
 #[derive(Clone, Debug)]
@@ -169,6 +174,21 @@ impl Cluster {
     fn command(&self, program: &str) -> anyhow::Result<Command> {
         let program = artefacts::binary(program)?;
         Ok(self.bed.as_ref().map_or_else(|| Command::new(&program), |bed| bed.command(&program)))
+    }
+
+    /// Connects from this process to an address in the hosts' network, where there is one.
+    ///
+    /// # Errors
+    /// When the network cannot be entered, or nobody listens there.
+    pub fn connect(&self, address: SocketAddr) -> anyhow::Result<TcpStream> {
+        let Some(bed) = &self.bed else { return Ok(TcpStream::connect_timeout(&address, CONNECT)?) };
+        let network = File::open(Path::new("/run/netns").join(bed.namespace()))?;
+        // A thread of its own enters it and ends; the socket stays where it was made.
+        let connecting = std::thread::spawn(move || -> anyhow::Result<TcpStream> {
+            setns(network, CloneFlags::CLONE_NEWNET)?;
+            Ok(TcpStream::connect_timeout(&address, CONNECT)?)
+        });
+        connecting.join().map_err(|_| anyhow::anyhow!("connecting to {address} panicked"))?
     }
 
     /// Starts the coordinator; its log goes on where an earlier one's ended.

@@ -289,6 +289,7 @@ fn waiting_sandbox(folder: &Path) -> SandboxSpec {
         numa_node: None,
         datasets: vec![SandboxDataset { dataset, mount: "/data".into() }],
         address: "10.42.0.2".into(),
+        port: None,
         hosts: Vec::new(),
         grace_seconds: 1,
     }

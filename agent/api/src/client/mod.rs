@@ -1,7 +1,7 @@
 //! The client of the coordinator's API, for agents and the command line.
 //!
 //! - [`Client`]: one method an endpoint (the agent's in `agent`, blobs in `blob`, operators' in `operate`,
-//!   people's here).
+//!   those of services in `service`, other people's here).
 //! - [`ClientError`]: what went wrong in one line that names the coordinator and the likely cause.
 //!
 //! It trusts the cluster's own certificate authority and nothing else: the system's roots, and
@@ -13,6 +13,7 @@ mod blob;
 mod error;
 mod lines;
 mod operate;
+mod service;
 mod tls;
 
 use std::time::Duration;

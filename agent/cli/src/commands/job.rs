@@ -258,7 +258,9 @@ fn stream_output(
         };
         while let Some(line) = stream.next().await {
             match line {
-                Ok(line) => progress.suspend(|| print_line(&line, ranks, format == Format::Json)),
+                Ok(line) => progress.suspend(|| {
+                    print_line(&line, ranks.then(|| rank_of(&line.sandbox)), format == Format::Json)
+                }),
                 Err(error) => {
                     progress.suspend(|| eprintln!("lathe: the output broke off: {error}"));
                     return;
@@ -268,13 +270,14 @@ fn stream_output(
     })
 }
 
-fn print_line(line: &LogLine, ranks: bool, all_to_stderr: bool) {
-    let rank = if ranks { format!("[{}] ", rank_of(&line.sandbox)) } else { String::new() };
+/// Prints a line after whose it is, if that is not plain.
+pub(super) fn print_line(line: &LogLine, whose: Option<&str>, all_to_stderr: bool) {
+    let whose = whose.map(|whose| format!("[{whose}] ")).unwrap_or_default();
     // A closed pipe is the reader's choice, not an error.
     let _ = if line.stream == LogStream::Stdout && !all_to_stderr {
-        writeln!(std::io::stdout(), "{rank}{}", line.text)
+        writeln!(std::io::stdout(), "{whose}{}", line.text)
     } else {
-        writeln!(std::io::stderr(), "{rank}{}", line.text)
+        writeln!(std::io::stderr(), "{whose}{}", line.text)
     };
 }
 
@@ -296,7 +299,7 @@ async fn logs(
         let line = line?;
         match format {
             Format::Json => println!("{}", serde_json::to_string(&line)?),
-            Format::Table => print_line(&line, ranks, false),
+            Format::Table => print_line(&line, ranks.then(|| rank_of(&line.sandbox)), false),
         }
     }
     Ok(Exit::Success)
@@ -323,7 +326,7 @@ pub(super) fn state_name(state: JobState) -> &'static str {
     }
 }
 
-fn task_state_name(state: TaskState) -> &'static str {
+pub(super) fn task_state_name(state: TaskState) -> &'static str {
     match state {
         TaskState::Pending => "pending",
         TaskState::Preparing => "preparing",
@@ -337,10 +340,14 @@ fn task_state_name(state: TaskState) -> &'static str {
 }
 
 fn list(jobs: &[Job]) {
-    let mut table =
-        output::table(&["ID", "STATE", "POOL", "CLASS", "TASKS", "IMAGE", "AGE", "START", "REASON"]);
+    let mut headings = vec!["ID", "STATE", "POOL", "CLASS", "TASKS", "IMAGE", "AGE", "START", "REASON"];
+    let replicas = jobs.iter().any(|job| job.service.is_some());
+    if replicas {
+        headings.insert(1, "SERVICE");
+    }
+    let mut table = output::table(&headings);
     for job in jobs {
-        table.add_row([
+        let mut row = vec![
             job.id.clone(),
             state_name(job.state).to_owned(),
             job.spec.pool.clone(),
@@ -350,7 +357,11 @@ fn list(jobs: &[Job]) {
             output::age(job.submitted_ms),
             job.expected_start_ms.map(output::ahead).unwrap_or_default(),
             job.reason.clone().unwrap_or_default(),
-        ]);
+        ];
+        if replicas {
+            row.insert(1, job.service.clone().unwrap_or_default());
+        }
+        table.add_row(row);
     }
     println!("{table}");
 }
@@ -368,6 +379,9 @@ fn show(job: &Job) {
     println!("id         {}", job.id);
     println!("state      {}{}", state_name(job.state), reason(job));
     println!("tenant     {}", job.tenant);
+    if let Some(service) = &job.service {
+        println!("replica    of service {service}");
+    }
     println!("class      {}, {} tasks, attempt {}", class_name(job.spec.class), tasks(job), job.attempt);
     println!("pool       {}, priority {}, {} preemptions", job.spec.pool, job.spec.priority, job.preemptions);
     if let Some(why) = &job.why {

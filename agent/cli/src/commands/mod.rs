@@ -11,6 +11,7 @@ pub mod job;
 pub mod node;
 pub mod operate;
 pub mod pool;
+pub mod service;
 pub mod simulate;
 pub mod token;
 pub mod upload;

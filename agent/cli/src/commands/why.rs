@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use lathe_api::client::Client;
 use lathe_api::job::JobSpec;
-use lathe_api::scheduling::{DecidedBy, DecisionKind, Planned, Why};
+use lathe_api::scheduling::{DecidedBy, Decision, DecisionKind, Planned, Why};
 
 use super::job::state_name;
 use crate::exit::Exit;
@@ -58,13 +58,22 @@ fn explain(why: &Why, now_ms: u64) -> String {
         line(&mut text, "placed", placed);
     }
     for decision in &why.decisions {
-        let ago = output::duration(now_ms.saturating_sub(decision.time_ms));
-        let (kind, by) = (kind(decision.kind), by(decision.by));
-        let why = if decision.why.is_empty() { String::new() } else { format!(": {}", decision.why) };
-        let told = format!("{ago} ago, attempt {}: {kind} by {by}{why}", decision.attempt);
-        line(&mut text, "decided", &told);
+        let attempt = format!(", attempt {}", decision.attempt);
+        line(&mut text, "decided", &told(decision, &attempt, now_ms));
     }
     text
+}
+
+/// A decision about a service, on one line.
+pub(super) fn decided(decision: &Decision, now_ms: u64) -> String {
+    format!("{:<10} {}", "decided", told(decision, "", now_ms))
+}
+
+fn told(decision: &Decision, attempt: &str, now_ms: u64) -> String {
+    let ago = output::duration(now_ms.saturating_sub(decision.time_ms));
+    let (kind, by) = (kind(decision.kind), by(decision.by));
+    let why = if decision.why.is_empty() { String::new() } else { format!(": {}", decision.why) };
+    format!("{ago} ago{attempt}: {kind} by {by}{why}")
 }
 
 fn foretell(planned: &Planned, now_ms: u64) -> String {
@@ -110,6 +119,7 @@ fn kind(kind: DecisionKind) -> &'static str {
         DecisionKind::Refused => "refused",
         DecisionKind::Restarted => "started again",
         DecisionKind::Cancelled => "cancelled",
+        DecisionKind::Scaled => "scaled",
     }
 }
 
@@ -119,6 +129,7 @@ fn by(by: DecidedBy) -> &'static str {
         DecidedBy::Operator => "an operator",
         DecidedBy::Owner => "its owner",
         DecidedBy::Failure => "a failure",
+        DecidedBy::Service => "its service",
     }
 }
 

@@ -13,6 +13,7 @@ use axum::response::Response;
 use lathe_api::node::{JoinRequest, JoinResponse, LogBatch, LogLine, NodeReport};
 use lathe_api::problem::Problem;
 use lathe_api::sandbox::{NodeDesired, NodeNetwork};
+use lathe_api::service::NodeService;
 use lathe_api::token::TokenKind;
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -20,9 +21,12 @@ use utoipa::IntoParams;
 use super::error::ApiError;
 use super::extract::{AgentNode, Json};
 use super::stream::{Gone, Lines, json_lines};
+use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
 use crate::logs::LogFile;
 use crate::records::{ASSIGNMENTS, Assignment, load};
+use crate::state::Contents;
+use crate::store::Revision;
 use crate::{check, desired, observe, submit, tokens};
 
 const JOIN_BYTES: usize = 64 << 10;
@@ -65,10 +69,22 @@ pub async fn report(
     // A first report makes a node usable although nothing may have changed in the store.
     let first = !coordinator.live().contains_key(&node);
     observe::report(&coordinator, &node, &report).await?;
+    take_loads(&coordinator, &node, &report);
     if first {
         coordinator.view.touch(&node);
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// What is in flight at services there; who waits for a replica does not wait for the next round, too.
+fn take_loads(coordinator: &Coordinator, node: &str, report: &NodeReport) {
+    coordinator.view.read(|contents| {
+        let is_service = |id: &str| contents.services.contains_key(id);
+        coordinator.loads.report(node, &report.services, now_ms(), is_service);
+    });
+    if report.services.iter().any(|load| load.waiting > 0) {
+        coordinator.changed.notify_one();
+    }
 }
 
 /// Where to go on from.
@@ -113,11 +129,13 @@ async fn watch_desired(
     let mut network: Option<NodeNetwork> = None;
     let mut network_of = None;
     let mut network_due = Instant::now();
+    let mut services = ServicesTold::default();
     loop {
         changed.mark_unchanged();
         let (now, basis) = view
             .read(|contents| (desired::node_desired(contents, node), desired::network_basis(contents, node)));
         let Some(mut now) = now else { return Ok(()) };
+        now.services = view.read(|contents| services.news(contents, node));
         if network_of.as_ref() != Some(&basis) && Instant::now() >= network_due {
             let next = view.read(|contents| desired::node_network(contents, node));
             network_of = Some(basis);
@@ -133,14 +151,14 @@ async fn watch_desired(
             }
         }
         let known = match &told {
-            Some(told) => now.network.is_none() && told.sandboxes == now.sandboxes,
+            Some(told) => now.network.is_none() && now.services.is_none() && told.sandboxes == now.sandboxes,
             // Who comes again may have gone before it was told of the network at that revision.
-            None => now.network.is_none() && after == Some(now.revision),
+            None => now.network.is_none() && now.services.is_none() && after == Some(now.revision),
         };
         if !known {
             lines.send(&now).await?;
         }
-        told = Some(NodeDesired { network: None, ..now });
+        told = Some(NodeDesired { network: None, services: None, ..now });
         let network_timer =
             tokio::time::sleep_until(network_due.max(Instant::now() + NETWORK_INTERVAL).into());
         tokio::select! {
@@ -148,6 +166,27 @@ async fn watch_desired(
             () = network_timer => {}
             () = lines.closed() => return Ok(()),
         }
+    }
+}
+
+/// What a node was told of services, and when that was put together.
+#[derive(Default)]
+struct ServicesTold {
+    told: Option<Vec<NodeService>>,
+    at: Option<Revision>,
+}
+
+impl ServicesTold {
+    /// What it is to be told now; nothing if it knows.
+    fn news(&mut self, contents: &Contents, node: &str) -> Option<Vec<NodeService>> {
+        if self.at == Some(contents.services_changed) {
+            return None;
+        }
+        self.at = Some(contents.services_changed);
+        let services =
+            Some(desired::node_services(contents, node)).filter(|now| self.told.as_ref() != Some(now))?;
+        self.told = Some(services.clone());
+        Some(services)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The HTTP API.
 //!
 //! - `agent`: join, report, desired state, logs: for nodes.
-//! - `jobs`, `nodes`, `pools` (with tenants and the audit log), `artefacts`, `blobs`, `tokens`: for people.
+//! - `jobs`, `services`, `nodes`, `pools` (with tenants and the audit log), `artefacts`, `blobs`, `tokens`: for people.
 //! - `meta`: health, metrics, the description.
 //! - `extract`: who asks; bounded bodies. `error`: problem documents. `stream`: JSON lines.
 //!   `redact`: what a tenant is not told.
@@ -17,6 +17,7 @@ mod nodes;
 pub mod openapi;
 mod pools;
 mod redact;
+mod services;
 mod stream;
 pub mod tokens;
 
@@ -58,6 +59,9 @@ pub fn router(coordinator: Arc<Coordinator>) -> Router {
         .route("/v1/jobs/{id}/cancel", post(jobs::cancel))
         .route("/v1/jobs/{id}/watch", get(jobs::watch))
         .route("/v1/jobs/{id}/logs", get(jobs::logs))
+        .route("/v1/services", get(services::list).post(services::submit))
+        .route("/v1/services/{id}", get(services::show))
+        .route("/v1/services/{id}/cancel", post(services::cancel))
         .route("/v1/tokens", get(tokens::list).post(tokens::create))
         .route("/v1/tokens/{id}", delete(tokens::revoke))
         .route("/healthz", get(meta::health))

@@ -2,7 +2,7 @@
 
 use utoipa::OpenApi;
 
-use super::{agent, artefacts, blobs, jobs, meta, nodes, pools, tokens};
+use super::{agent, artefacts, blobs, jobs, meta, nodes, pools, services, tokens};
 
 /// OpenAPI 3.1. `tests/openapi.json` is its golden file.
 #[derive(OpenApi)]
@@ -46,6 +46,10 @@ use super::{agent, artefacts, blobs, jobs, meta, nodes, pools, tokens};
         pools::set_tenant,
         pools::remove_tenant,
         pools::audit_log,
+        services::submit,
+        services::list,
+        services::show,
+        services::cancel,
         tokens::create,
         tokens::list,
         tokens::revoke,

@@ -2,7 +2,8 @@
 //!
 //! [`advance`] is the whole of the rules, and pure: a job's record in, the record it should become
 //! out. The tasks of one attempt live and die together: once one fails or is lost the others are
-//! stopped, and when all have ended the gang starts again, if its policy allows, or the job ends.
+//! stopped, and when all have ended the gang starts again, if its policy allows, or the job ends. A
+//! service's replica always starts again.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::coordinator::Coordinator;
 use crate::records::{
     ACTIVE_JOBS, ASSIGNMENTS, Assignment, Cause, ENDED_JOBS, JobRecord, Stopping, Versioned, put,
 };
+use crate::services::restart;
 use crate::store::{Outcome, StoreError, Transaction, Write};
 
 /// Commits that are under way at once: the store makes them durable together.
@@ -140,7 +142,8 @@ pub(crate) fn advance(record: &mut JobRecord, now_ms: u64) {
         return;
     }
     if record.stopping.is_none() {
-        record.stopping = record.job.tasks.iter().filter_map(ended_badly).min_by_key(|s| s.0).map(|s| s.1);
+        let ended = record.job.tasks.iter().filter_map(ended_badly).min_by_key(|s| s.0).map(|s| s.1);
+        record.stopping = ended.or_else(|| restart::ended_well(record));
     }
     let Some(stopping) = record.stopping.clone() else {
         if record.job.tasks.iter().all(|task| task.state == TaskState::Exited) {
@@ -167,6 +170,7 @@ fn end_attempt(record: &mut JobRecord, stopping: &Stopping, now_ms: u64) {
             record.restart_reason = Some(stopping.reason.clone());
             return wait_again(record);
         }
+        _ if restart::hold(record, stopping, now_ms) => return wait_again(record),
         Cause::Failure => (&mut record.failures, policy.on_failure, "restart.on_failure"),
         Cause::Loss => (&mut record.losses, policy.on_loss, "restart.on_loss"),
     };
@@ -208,6 +212,7 @@ pub(crate) fn fresh_tasks(count: u32) -> Vec<Task> {
             node: None,
             address: None,
             state: TaskState::Pending,
+            ready: false,
             reason: None,
             exit: None,
             usage: Default::default(),

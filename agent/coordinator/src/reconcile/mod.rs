@@ -2,6 +2,7 @@
 //!
 //! - `nodes`: nodes whose heartbeats ended are lost, and their tasks with them.
 //! - `jobs`: gangs whose tasks ended, failed or were lost are finished, stopped or started again.
+//! - `services`: as many replicas as what is in flight needs.
 //! - [`model`]: the records as the planner sees them. `planning`: rounds of the planner.
 //! - `place`: what was planned is checked again and committed.
 //!
@@ -17,7 +18,10 @@ pub mod model;
 mod nodes;
 mod place;
 mod planning;
+mod services;
 
+#[cfg(test)]
+pub(crate) use jobs::advance;
 pub(crate) use jobs::fresh_tasks;
 
 use std::sync::Arc;
@@ -72,5 +76,6 @@ async fn round(coordinator: &Arc<Coordinator>, planning: &mut Planning) -> Resul
     nodes::expire(coordinator).await?;
     let unseen = coordinator.view.take_unseen();
     let succeeded = jobs::advance_all(coordinator, (!unseen.all).then_some(&unseen.jobs)).await?;
+    services::advance_all(coordinator).await?;
     planning.round(coordinator, unseen, &succeeded).await
 }

@@ -3,18 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use lathe_api::pool::{Pool, Tenant};
+use lathe_api::pool::{DEFAULT_POOL, Pool, Tenant};
 use serde::de::DeserializeOwned;
 
+use crate::desired;
+use crate::policy::Pools;
 use crate::records::{
-    ACTIVE_JOBS, ALIVE, ALLOCATIONS, ASSIGNMENTS, Allocations, Assignment, JobRecord, NODES, NodeRecord,
-    OPERATIONS, Operations, POOLS, TENANTS, Versioned, decode,
+    ACTIVE_JOBS, ACTIVE_SERVICES, ALIVE, ALLOCATIONS, ASSIGNMENTS, Allocations, Assignment, JobRecord, NODES,
+    NodeRecord, OPERATIONS, Operations, POOLS, TENANTS, Versioned, decode,
 };
+use crate::services::ServiceRecord;
 use crate::store::{Entry, Event, Listing, Revision};
 
 /// What is kept.
-pub const PREFIXES: [&str; 8] =
-    [NODES, ALIVE, ALLOCATIONS, ASSIGNMENTS, ACTIVE_JOBS, OPERATIONS, POOLS, TENANTS];
+pub const PREFIXES: [&str; 9] =
+    [NODES, ALIVE, ALLOCATIONS, ASSIGNMENTS, ACTIVE_JOBS, ACTIVE_SERVICES, OPERATIONS, POOLS, TENANTS];
 
 /// The records at one moment.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +34,12 @@ pub struct Contents {
     pub assignments: BTreeMap<String, BTreeMap<String, Versioned<Assignment>>>,
     /// Jobs that have not ended.
     pub jobs: BTreeMap<String, Arc<Versioned<JobRecord>>>,
+    /// Services that have not ended.
+    pub services: BTreeMap<String, Arc<Versioned<ServiceRecord>>>,
+    /// Jobs that are their replicas, by service.
+    replicas: BTreeMap<String, BTreeSet<String>>,
+    /// The commit that last changed something that nodes are told of services.
+    pub services_changed: Revision,
     /// What operators want of nodes.
     pub operations: BTreeMap<String, Arc<Versioned<Operations>>>,
     /// As they were set.
@@ -58,6 +67,8 @@ pub struct Touched {
     pub desired: BTreeSet<String>,
     /// Pools or tenants.
     pub settings: bool,
+    /// What nodes are told of services.
+    pub services: bool,
 }
 
 impl Contents {
@@ -72,6 +83,7 @@ impl Contents {
         contents.readdress(assigned, listing.revision);
         contents.revision = listing.revision;
         contents.routes_changed = listing.revision;
+        contents.services_changed = listing.revision;
         contents
     }
 
@@ -84,6 +96,9 @@ impl Contents {
         }
         self.readdress(assigned, event.revision);
         self.revision = event.revision;
+        if touched.services {
+            self.services_changed = event.revision;
+        }
         touched
     }
 
@@ -97,8 +112,11 @@ impl Contents {
         assigned: &mut Vec<(String, String)>,
     ) {
         if let Some(id) = key.strip_prefix(ACTIVE_JOBS) {
-            set(&mut self.jobs, id, read(key, value, revision).map(Arc::new));
+            self.set_job(id, read(key, value, revision).map(Arc::new), touched);
             touched.jobs.insert(id.to_owned());
+        } else if let Some(id) = key.strip_prefix(ACTIVE_SERVICES) {
+            set(&mut self.services, id, read(key, value, revision).map(Arc::new));
+            touched.services = true;
         } else if let Some(rest) = key.strip_prefix(ASSIGNMENTS) {
             let Some((node, sandbox)) = rest.split_once('/') else { return };
             let of_node = self.assignments.entry(node.to_owned()).or_default();
@@ -120,14 +138,21 @@ impl Contents {
                 self.routes_changed = revision;
                 touched.desired.insert(node.to_owned());
             }
+            let labels = |record: &NodeRecord| record.inventory.labels.clone();
+            let known = self.nodes.get(node).map(|record| labels(&record.value));
+            // Pools select nodes by labels.
+            touched.services |=
+                !self.services.is_empty() && known != record.as_ref().map(|record| labels(&record.value));
             set(&mut self.nodes, node, record.map(Arc::new));
             touched.nodes.insert(node.to_owned());
         } else if let Some(node) = key.strip_prefix(OPERATIONS) {
             set(&mut self.operations, node, read(key, value, revision).map(Arc::new));
             touched.nodes.insert(node.to_owned());
+            touched.services |= !self.services.is_empty();
         } else if let Some(name) = key.strip_prefix(POOLS) {
             set(&mut self.pools, name, read(key, value, revision));
             touched.settings = true;
+            touched.services |= !self.services.is_empty();
         } else if let Some(name) = key.strip_prefix(TENANTS) {
             set(&mut self.tenants, name, read(key, value, revision));
             touched.settings = true;
@@ -135,6 +160,39 @@ impl Contents {
             set(&mut self.alive, node, value.map(|_| revision));
             touched.nodes.insert(node.to_owned());
         }
+    }
+
+    /// Sets or removes a job, with what follows from it for its service.
+    fn set_job(&mut self, id: &str, job: Option<Arc<Versioned<JobRecord>>>, touched: &mut Touched) {
+        let before = self.jobs.get(id);
+        let backend = |job: &Arc<Versioned<JobRecord>>| desired::backend(&job.value);
+        touched.services |= before.and_then(backend) != job.as_ref().and_then(backend);
+        if let Some(service) = before.and_then(|job| job.value.job.service.as_ref())
+            && let Some(replicas) = self.replicas.get_mut(service)
+        {
+            replicas.remove(id);
+            if replicas.is_empty() {
+                self.replicas.remove(service);
+            }
+        }
+        if let Some(service) = job.as_ref().and_then(|job| job.value.job.service.clone()) {
+            self.replicas.entry(service).or_default().insert(id.to_owned());
+        }
+        set(&mut self.jobs, id, job);
+    }
+
+    /// The jobs that are a service's replicas and have not ended.
+    pub fn replicas(&self, service: &str) -> Vec<Arc<Versioned<JobRecord>>> {
+        let ids = self.replicas.get(service).into_iter().flatten();
+        ids.filter_map(|id| self.jobs.get(id).cloned()).collect()
+    }
+
+    /// All pools by name, the default one included.
+    pub fn all_pools(&self) -> Pools {
+        let mut pools: Pools =
+            self.pools.iter().map(|(name, record)| (name.clone(), record.value.clone())).collect();
+        pools.entry(DEFAULT_POOL.to_owned()).or_insert_with(|| Pool::named(DEFAULT_POOL));
+        pools
     }
 
     /// Keeps the tenants' addresses right for assignments that came, changed or went.

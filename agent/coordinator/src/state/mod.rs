@@ -100,9 +100,12 @@ impl View {
 
     fn apply(&self, event: &crate::store::Event) {
         let touched = self.contents.write().unwrap_or_else(PoisonError::into_inner).apply(event);
-        let Touched { nodes, jobs, desired, settings } = touched;
-        let news = !nodes.is_empty() || !jobs.is_empty() || settings;
+        let Touched { nodes, jobs, desired, settings, services } = touched;
+        let news = !nodes.is_empty() || !jobs.is_empty() || settings || services;
         desired.iter().for_each(|node| self.topics.tell(topics::Topic::Desired(node)));
+        if services {
+            self.topics.tell_nodes();
+        }
         jobs.iter().for_each(|job| self.topics.tell(topics::Topic::Job(job)));
         {
             let mut unseen = self.unseen();

@@ -51,9 +51,14 @@ impl Topics {
         self.of(Topic::Job("")).retain(|_, sender| sender.send(()).is_ok());
     }
 
+    /// Wakes all who wait for what nodes are told.
+    pub fn tell_nodes(&self) {
+        self.of(Topic::Desired("")).retain(|_, sender| sender.send(()).is_ok());
+    }
+
     /// Wakes all.
     pub fn tell_all(&self) {
         self.tell_jobs();
-        self.of(Topic::Desired("")).retain(|_, sender| sender.send(()).is_ok());
+        self.tell_nodes();
     }
 }

@@ -16,6 +16,7 @@ use lathe_api::gpu::Gpu;
 use lathe_api::job::{IsolationClass, Job, JobSpec, TaskExit, TaskState};
 use lathe_api::node::{Cpus, Inventory, JoinRequest, LogLine, LogStream, NodeReport, SandboxStatus};
 use lathe_api::sandbox::{Desired, NodeDesired, SandboxSpec};
+use lathe_api::service::{BackendLoad, NodeService, ServiceLoad};
 use lathe_api::token::{TokenKind, TokenRequest};
 use lathe_coordinator::coordinator::{Coordinator, Options};
 use lathe_coordinator::init::{InitOptions, Initialized, init};
@@ -183,6 +184,27 @@ pub fn spec(tasks: u32) -> JobSpec {
     JobSpec { tasks, ..serde_json::from_str(text).expect("a job") }
 }
 
+/// So much in flight at a service, spread over the replicas that take something; all of it waits if none
+/// does.
+pub fn in_flight(service: &NodeService, count: u32) -> ServiceLoad {
+    let accepting = service.replicas.iter().filter(|replica| replica.accepts).count() as u32;
+    let mut left = count;
+    let replicas = service.replicas.iter().map(|replica| {
+        let own = if replica.accepts { left.min(count.div_ceil(accepting)) } else { 0 };
+        left -= own;
+        BackendLoad { sandbox: replica.sandbox.clone(), in_flight: own, accepts: replica.accepts }
+    });
+    let replicas = replicas.collect();
+    ServiceLoad {
+        service: service.id.clone(),
+        mean_in_flight_milli: u64::from(count) * 1000,
+        in_flight: count,
+        waiting: if accepting == 0 { count } else { 0 },
+        replicas,
+        ..ServiceLoad::default()
+    }
+}
+
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
     let search = async {
         loop {
@@ -210,6 +232,8 @@ struct AgentState {
     seen: Vec<SandboxSpec>,
     /// Why nothing starts.
     refusal: Option<String>,
+    /// What is in flight at a service.
+    loads: Box<dyn Fn(&NodeService) -> ServiceLoad + Send>,
 }
 
 impl FakeAgent {
@@ -222,9 +246,16 @@ impl FakeAgent {
             classes: vec![IsolationClass::Microvm, IsolationClass::Container],
             ..Default::default()
         };
-        let report = NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: vec![] };
-        let state =
-            AgentState { report, desired: None, sandboxes: BTreeMap::new(), seen: vec![], refusal: None };
+        let report =
+            NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: vec![], services: vec![] };
+        let state = AgentState {
+            report,
+            desired: None,
+            sandboxes: BTreeMap::new(),
+            seen: vec![],
+            refusal: None,
+            loads: Box::new(|service| in_flight(service, 0)),
+        };
         let agent = Self { client, state: Arc::new(Mutex::new(state)), alive: CancellationToken::new() };
         tokio::spawn(watch(agent.client.clone(), Arc::clone(&agent.state), agent.alive.clone()));
         tokio::spawn(report_always(agent.client.clone(), Arc::clone(&agent.state), agent.alive.clone()));
@@ -276,6 +307,16 @@ impl FakeAgent {
     /// Whatever is to be started here is not, for this reason.
     pub fn refuse_with(&self, reason: Option<&str>) {
         self.state.lock().expect("no panic").refusal = reason.map(str::to_owned);
+    }
+
+    /// What is in flight at a service from here, from now on.
+    pub fn load_with(&self, loads: impl Fn(&NodeService) -> ServiceLoad + Send + 'static) {
+        self.state.lock().expect("no panic").loads = Box::new(loads);
+    }
+
+    /// The services that it takes requests for.
+    pub fn services(&self) -> Vec<NodeService> {
+        self.desired().and_then(|desired| desired.services).unwrap_or_default()
     }
 
     /// The node has other GPUs, or the same in other states.
@@ -332,8 +373,10 @@ impl AgentState {
     /// What an agent does: start what should run and is not known, stop what should stop, forget
     /// what is not desired.
     fn take(&mut self, mut desired: NodeDesired) {
-        let before = self.desired.take().and_then(|before| before.network);
-        desired.network = desired.network.or(before);
+        if let Some(before) = self.desired.take() {
+            desired.network = desired.network.or(before.network);
+            desired.services = desired.services.or(before.services);
+        }
         self.sandboxes.retain(|id, _| desired.sandboxes.iter().any(|spec| spec.id == *id));
         for spec in &desired.sandboxes {
             match (self.sandboxes.get_mut(&spec.id), spec.desired) {
@@ -342,6 +385,7 @@ impl AgentState {
                     let status = SandboxStatus {
                         id: spec.id.clone(),
                         state: if self.refusal.is_some() { TaskState::Failed } else { TaskState::Running },
+                        ready: spec.port.is_some() && self.refusal.is_none(),
                         reason: self.refusal.clone(),
                         lost: self.refusal.is_some(),
                         exit: None,
@@ -365,7 +409,10 @@ async fn report_always(client: Client, state: Arc<Mutex<AgentState>>, alive: Can
     while !alive.is_cancelled() {
         let report = {
             let state = state.lock().expect("no panic");
-            NodeReport { sandboxes: state.sandboxes.values().cloned().collect(), ..state.report.clone() }
+            let services = state.desired.iter().flat_map(|desired| &desired.services).flatten();
+            let services = services.map(|service| (state.loads)(service)).collect();
+            let sandboxes = state.sandboxes.values().cloned().collect();
+            NodeReport { sandboxes, services, ..state.report.clone() }
         };
         // The coordinator may be away: the next report says it all again.
         let _ = client.report(&report).await;

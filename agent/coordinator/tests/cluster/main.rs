@@ -9,3 +9,4 @@ mod operators;
 mod providers;
 mod scale;
 mod scheduling;
+mod services;

@@ -3,12 +3,14 @@
 //! - A sandbox's port sends from its own hardware and IP address only, IPv4 and ARP only.
 //! - Sandboxes of one tenant talk to each other, on this node (bridge family, so that frames that
 //!   never leave the bridge are filtered without `br_netfilter`) and across nodes (inet family).
-//! - Nothing from a sandbox reaches the host itself, other nodes' addresses, or the outside.
+//! - The nodes themselves, of all that are outside, connect to services' replicas, at their ports and no
+//!   others; answers of those connections pass back.
+//! - Nothing else from a sandbox reaches the host itself, other nodes' addresses, or the outside.
 //!
 //! The ruleset is text and replaced whole in one transaction: there is no moment without it, and
 //! nothing of an old one remains.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::process::Stdio;
@@ -35,8 +37,45 @@ pub enum FilterError {
 /// The sandboxes' ports on this node: interface and address.
 pub type Ports = BTreeMap<String, Ipv4Addr>;
 
-/// The ruleset for these tenants and ports.
-pub fn ruleset(tenants: &[TenantAddresses], ports: &Ports) -> String {
+/// Services' replicas on this node, and who connects to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Other nodes.
+    pub nodes: BTreeSet<Ipv4Addr>,
+    /// Replicas' addresses and TCP ports.
+    pub replicas: BTreeSet<(Ipv4Addr, u16)>,
+}
+
+impl Served {
+    /// Sets, rules for what is routed, and rules for what comes to this host. Where there is no replica
+    /// there are none of them, and the kernel does not follow connections for their sake.
+    fn rules(&self) -> (String, String, String) {
+        if self.replicas.is_empty() {
+            return Default::default();
+        }
+        let replicas: Vec<String> =
+            self.replicas.iter().map(|(address, port)| format!("{address} . {port}")).collect();
+        let mut sets = format!(
+            "  set replicas {{ type ipv4_addr . inet_service; elements = {{ {} }}; }}\n",
+            replicas.join(", ")
+        );
+        let mut routed = String::new();
+        let answers = "ip saddr . tcp sport @replicas ct state established";
+        if !self.nodes.is_empty() {
+            let nodes: Vec<String> = self.nodes.iter().map(ToString::to_string).collect();
+            let _ =
+                writeln!(sets, "  set nodes {{ type ipv4_addr; elements = {{ {} }}; }}", nodes.join(", "));
+            routed = format!(
+                "    ip saddr @nodes ip daddr . tcp dport @replicas accept\n    {answers} ip daddr @nodes accept\n"
+            );
+        }
+        (sets, routed, format!("    iifname \"{BRIDGE}\" {answers} accept\n"))
+    }
+}
+
+/// The ruleset for these tenants, ports and replicas.
+pub fn ruleset(tenants: &[TenantAddresses], ports: &Ports, served: &Served) -> String {
+    let (served_sets, from_nodes, answers) = served.rules();
     let sets = tenant_sets(tenants);
     let pairs = |source: &str, target: &str| -> String {
         sets.keys().map(|set| format!("    {source} @{set} {target} @{set} accept\n")).collect()
@@ -63,8 +102,8 @@ pub fn ruleset(tenants: &[TenantAddresses], ports: &Ports) -> String {
     let _ = write!(
         text,
         "table inet lathe {{
-{declared}  chain tenants {{
-{routed}    drop
+{declared}{served_sets}  chain tenants {{
+{routed}{from_nodes}    drop
   }}
   chain forward {{
     type filter hook forward priority filter; policy accept;
@@ -73,7 +112,7 @@ pub fn ruleset(tenants: &[TenantAddresses], ports: &Ports) -> String {
   }}
   chain input {{
     type filter hook input priority filter; policy accept;
-    iifname \"{BRIDGE}\" drop
+{answers}    iifname \"{BRIDGE}\" drop
   }}
 }}
 table bridge lathe {{
@@ -117,7 +156,7 @@ pub fn nothing() -> String {
 fn tenant_sets(tenants: &[TenantAddresses]) -> BTreeMap<String, Vec<String>> {
     let mut sets: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for tenant in tenants {
-        let addresses: std::collections::BTreeSet<Ipv4Addr> =
+        let addresses: BTreeSet<Ipv4Addr> =
             tenant.addresses.iter().filter_map(|address| address.parse().ok()).collect();
         if !addresses.is_empty() {
             let name = format!("t_{}", &Digest::of(tenant.tenant.as_bytes()).hex()[..12]);
@@ -169,12 +208,23 @@ mod tests {
             tenant("empty", &[]),
         ];
         let ports = Ports::from([("lsb0123456789ab".to_owned(), Ipv4Addr::new(10, 42, 1, 2))]);
-        insta::assert_snapshot!(ruleset(&tenants, &ports));
+        insta::assert_snapshot!(ruleset(&tenants, &ports, &Served::default()));
+    }
+
+    #[test]
+    fn replicas_are_reached_by_nodes_at_their_ports_alone() {
+        let tenants = [tenant("red", &["10.42.1.2"])];
+        let address = Ipv4Addr::new(10, 42, 1, 2);
+        let mut served = Served { nodes: BTreeSet::new(), replicas: BTreeSet::from([(address, 8080)]) };
+        let alone = ruleset(&tenants, &Ports::new(), &served);
+        assert!(!alone.contains("@nodes") && alone.contains("@replicas"), "{alone}");
+        served.nodes = BTreeSet::from([Ipv4Addr::new(10, 88, 0, 11), Ipv4Addr::new(10, 88, 0, 12)]);
+        insta::assert_snapshot!(ruleset(&tenants, &Ports::new(), &served));
     }
 
     #[test]
     fn an_empty_node_lets_nothing_through() {
-        let text = ruleset(&[], &Ports::new());
+        let text = ruleset(&[], &Ports::new(), &Served::default());
         assert!(!text.contains("elements") && text.contains("drop"));
     }
 }

@@ -21,7 +21,7 @@ use tokio::sync::Mutex;
 
 use crate::paths::{INTERFACE_PREFIX, SandboxKey};
 use address::{ParseSubnetError, Subnet};
-use filter::{FilterError, Ports};
+use filter::{FilterError, Ports, Served};
 use links::LinkError;
 
 /// The bridge of a node's sandboxes.
@@ -52,6 +52,7 @@ struct State {
     subnet: Option<Subnet>,
     tenants: Vec<TenantAddresses>,
     ports: Ports,
+    served: Served,
     /// What the kernel has, as far as this process knows.
     applied: Option<String>,
 }
@@ -86,6 +87,14 @@ impl Network {
         let mut state = self.state.lock().await;
         state.subnet = Some(subnet);
         state.tenants.clone_from(&wanted.tenants);
+        state.served = Served {
+            nodes: routes.iter().map(|(_, via)| *via).collect(),
+            replicas: wanted
+                .served
+                .iter()
+                .filter_map(|one| Some((one.address.parse().ok()?, one.port)))
+                .collect(),
+        };
         // The filter first: an open bridge without one would be open.
         Self::refilter(&mut state).await?;
         links::ensure_bridge(&self.handle, subnet).await?;
@@ -160,7 +169,7 @@ impl Network {
     }
 
     async fn refilter(state: &mut State) -> Result<(), NetworkError> {
-        let wanted = filter::ruleset(&state.tenants, &state.ports);
+        let wanted = filter::ruleset(&state.tenants, &state.ports, &state.served);
         if state.applied.as_ref() != Some(&wanted) {
             state.applied = None;
             filter::apply(&wanted).await?;

@@ -222,6 +222,7 @@ pub(crate) mod tests {
             resources: Resources { cpus: 2, ..Resources::default() },
             datasets: vec![SandboxDataset { dataset, mount: "/data".into() }],
             address: "10.42.1.2".into(),
+            port: None,
             hosts: vec![("10.42.1.2".into(), "a-0".into()), ("10.42.2.2".into(), "a-1".into())],
             gpus: Vec::new(),
             numa_node: None,

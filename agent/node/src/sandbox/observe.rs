@@ -90,6 +90,7 @@ impl Observed {
             return SandboxStatus {
                 id: self.id().to_owned(),
                 state,
+                ready: false,
                 reason,
                 lost,
                 exit,
@@ -114,6 +115,8 @@ impl Observed {
         SandboxStatus {
             id: self.id().to_owned(),
             state,
+            // Who tries its port knows.
+            ready: false,
             reason: None,
             lost: false,
             exit: None,

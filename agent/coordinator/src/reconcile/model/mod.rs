@@ -225,7 +225,8 @@ fn rigid(gang: &Gang, tasks: usize) -> Arc<Gang> {
 
 /// Whether a job is to be placed.
 pub fn waits(record: &JobRecord) -> bool {
-    record.job.state == JobState::Pending && !record.cancelled
+    let held = record.replica.as_ref().is_some_and(|replica| replica.held_until_ms.is_some());
+    record.job.state == JobState::Pending && !record.cancelled && !held
 }
 
 /// Whether a node's reports arrive, and arrived since this process started: what it runs beside its

@@ -63,7 +63,7 @@ pub fn report(name: &str) -> NodeReport {
         classes: vec![IsolationClass::Microvm, IsolationClass::Container],
         ..Inventory::default()
     };
-    NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: Vec::new() }
+    NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: Vec::new(), services: Vec::new() }
 }
 
 /// Sandboxes of one agent, with the time at which each that runs ends.
@@ -123,6 +123,7 @@ impl Sandboxes {
                     let status = SandboxStatus {
                         id: spec.id.clone(),
                         state: TaskState::Running,
+                        ready: false,
                         reason: None,
                         lost: false,
                         exit: None,
