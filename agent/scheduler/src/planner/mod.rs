@@ -178,7 +178,9 @@ impl Planner {
                 let line = &self.known.tenants[item.tenant as usize].line;
                 accounts.add(&self.pools.lines[pool], line, &accounts::used_by(&item, &running.tasks));
             }
-            guesses |= !running.stopping && running.expected_end_ms.is_none_or(|end| end <= now_ms);
+            let asked =
+                running.gang.estimate_ms.is_none() || running.expected_end_ms.is_none_or(|end| end <= now_ms);
+            guesses |= !running.stopping && asked;
             self.estimator.runs(&item.similar, now_ms.saturating_sub(running.started_ms));
             items.push(item);
         }
@@ -200,7 +202,10 @@ impl Planner {
         if running.stopping {
             return (now_ms.saturating_add(running.gang.grace_ms.max(1)), true);
         }
-        let (expected, known) = match running.expected_end_ms {
+        let gang = &running.gang;
+        // What was guessed when it started is known better now, unless its size has changed since.
+        let guessed = gang.estimate_ms.is_none() && gang.tasks.min == gang.tasks.max;
+        let (expected, known) = match running.expected_end_ms.filter(|_| !guessed) {
             Some(end) => (end, true),
             None => {
                 let estimate = self.estimator.estimate(&item.similar, running.gang.estimate_ms);

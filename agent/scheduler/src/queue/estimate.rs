@@ -40,9 +40,9 @@ const SWEEPS: usize = 2;
 const RATIO_SHRINKAGE: f64 = 4.0;
 /// What the first gang ever is thought to run: an hour.
 const PRIOR_MS: f64 = 3_600_000.0;
-/// Variances of effects before any gang ended, in the order of [`Similar::effects`]: a factor of e^2
-/// for the first, of e for sizes and kinds.
-const EFFECT_VARIANCES: [f64; EFFECTS] = [4.0, 1.0, 1.0, 0.3, 0.3, 0.5];
+/// Variances of effects before any gang ended, in the order of [`Similar::effects`]: sizes and kinds
+/// differ by orders of magnitude, and the rest by less.
+const EFFECT_VARIANCES: [f64; EFFECTS] = [4.0, 3.0, 3.0, 0.3, 0.3, 0.5];
 const EFFECTS: usize = 6;
 /// The variance of what no effect explains, before any gang ended; it counts for so many gangs.
 const PRIOR_VARIANCE: f64 = 1.0;
