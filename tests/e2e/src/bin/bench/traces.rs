@@ -183,7 +183,9 @@ fn on_all_cores<T: Sync>(
                     let result = run(input);
                     let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
                     let subject = result.first().map_or("", |record| &record.subject);
-                    eprintln!("bench: {trace}, {} of {}: {subject}", results.len() + 1, inputs.len());
+                    let figures: Vec<String> = result.iter().map(figure).collect();
+                    let count = format!("{} of {}", results.len() + 1, inputs.len());
+                    eprintln!("bench: {trace}, {count}: {subject}: {}", figures.join(", "));
                     results.push((at, result));
                 }
             });
@@ -192,6 +194,12 @@ fn on_all_cores<T: Sync>(
     let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.sort_by_key(|(at, _)| *at);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// A figure in words.
+fn figure(record: &Record) -> String {
+    let metric = record.metric.split_once(MARK).map_or(&*record.metric, |(_, metric)| metric);
+    format!("{metric} {:.2} {}", record.value, record.unit)
 }
 
 /// Every policy with perfect knowledge, and the one that lives by estimates with the others, too.
