@@ -101,6 +101,57 @@ fn a_plot_is_drawn() {
     }
 }
 
+/// Six GPUs of two models, one pod of half a GPU of one model and pods of whole ones of any.
+#[test]
+fn pods_that_stay_fill_the_gpus() {
+    let nodes =
+        "sn,cpu_milli,memory_mib,gpu,model\nn1,64000,65536,4,T4\nn2,64000,65536,2,P100\nn3,64000,65536,0,\n";
+    let dir = folder(&[("pods.csv", PODS), ("nodes.csv", nodes)]);
+    let args = ["simulate", "--json", "--jobs", "pods.csv", "--nodes", "nodes.csv", "--seeds", "3"];
+    let options = ["--policy", "balanced,fgd,random", "--plot", "out.svg"];
+    let report = json(dir.path(), &[&args[..], &options].concat());
+    assert_eq!((&report["procedure"], &report["nodes"]), (&Value::from("arrivals"), &Value::from(2)));
+    assert_eq!((&report["gpus"], &report["seeds"]), (&Value::from(6), &serde_json::json!([42, 43, 44])));
+    let results = report["results"].as_array().expect("results");
+    let names: Vec<_> = results.iter().map(|result| result["policy"].as_str().expect("a name")).collect();
+    assert_eq!(names, ["balanced", "fgd", "random"]);
+    for result in results {
+        let curve = |name: &str| -> Vec<f64> {
+            let values = result[name].as_array().expect("a curve").iter();
+            values.map(|value| value.as_f64().expect("a number")).collect()
+        };
+        let (allocated, fragmented) = (curve("percent_gpu_allocated"), curve("percent_gpu_fragmented"));
+        assert!(allocated.len() > 100 && fragmented.len() == allocated.len());
+        // Half of the GPUs are had when half of them were asked for, to one pod.
+        assert!((allocated[50] - 50.0).abs() < 17.0, "{allocated:?}");
+        let full = &result["percent_gpu_allocated_at_100"];
+        assert_eq!(full["by_seed"].as_array().map(Vec::len), Some(3));
+        assert!((full["mean"].as_f64().expect("a mean") - allocated[100]).abs() < 1e-9);
+        let (placed, arrived) = (result["placed"].as_f64(), result["arrived"].as_f64());
+        assert!(placed <= arrived && arrived >= Some(7.0), "{placed:?} of {arrived:?}");
+    }
+    let svg = fs::read_to_string(dir.path().join("out.svg")).expect("a picture");
+    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+    for word in ["GPUs allocated", "GPUs fragmented", "balanced", "fgd", "random"] {
+        assert!(svg.contains(word), "{word}");
+    }
+    assert_eq!(json(dir.path(), &[&args[..], &options].concat()), report, "the same seeds, the same report");
+}
+
+/// The table is for people: a row a policy.
+#[test]
+fn pods_that_stay_are_printed_as_a_table() {
+    let dir = folder(&[("pods.csv", PODS), ("nodes.csv", NODES)]);
+    let args = ["simulate", "--jobs", "pods.csv", "--nodes", "nodes.csv", "--policy", "best-fit,spread"];
+    let output = lathe(dir.path(), &args);
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(printed.starts_with("arrivals: 2 jobs on 2 nodes with 4 GPUs, 1 seed"), "{printed}");
+    for policy in ["best-fit", "spread"] {
+        assert_eq!(printed.lines().filter(|line| line.starts_with(policy)).count(), 1, "{printed}");
+    }
+}
+
 #[test]
 fn bad_input_is_one_line_and_writes_nothing() {
     let dir = folder(&[

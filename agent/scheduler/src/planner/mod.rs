@@ -99,6 +99,7 @@ impl Planner {
     /// How long it is thought that a gang will run, milliseconds.
     pub fn estimate_ms(&mut self, gang: &Gang) -> u64 {
         let similar = self.estimator.similar(gang);
+        self.estimator.fit();
         self.estimator.estimate(&similar, gang.estimate_ms).mean_ms
     }
 
@@ -116,7 +117,7 @@ impl Planner {
         }
 
         let mut accounts = Accounts::new(&self.pools, cluster.nodes());
-        let runs = self.runs(cluster, now_ms, &mut accounts);
+        let runs = self.runs(cluster, pending, now_ms, &mut accounts);
         let mut items = Vec::with_capacity(pending.len());
         for gang in pending {
             items.push(self.known.item(gang, &self.pools.by_name, &mut self.estimator, cluster));
@@ -161,8 +162,15 @@ impl Planner {
     }
 
     /// What runs, and counts it.
-    fn runs(&mut self, cluster: &Cluster, now_ms: u64, accounts: &mut Accounts) -> Vec<Run> {
-        let mut runs = Vec::with_capacity(cluster.running().len());
+    fn runs(
+        &mut self,
+        cluster: &Cluster,
+        pending: &[Arc<Gang>],
+        now_ms: u64,
+        accounts: &mut Accounts,
+    ) -> Vec<Run> {
+        let mut items = Vec::with_capacity(cluster.running().len());
+        let mut guesses = pending.iter().any(|gang| gang.estimate_ms.is_none());
         self.estimator.begin();
         for running in cluster.running().values() {
             let item = self.known.item(&running.gang, &self.pools.by_name, &mut self.estimator, cluster);
@@ -170,11 +178,22 @@ impl Planner {
                 let line = &self.known.tenants[item.tenant as usize].line;
                 accounts.add(&self.pools.lines[pool], line, &accounts::used_by(&item, &running.tasks));
             }
+            let asked =
+                running.gang.estimate_ms.is_none() || running.expected_end_ms.is_none_or(|end| end <= now_ms);
+            guesses |= !running.stopping && asked;
             self.estimator.runs(&item.similar, now_ms.saturating_sub(running.started_ms));
-            let (end_ms, known) = self.end(running, &item, now_ms);
-            runs.push(Run { item, end_ms, known });
+            items.push(item);
         }
-        runs
+        // Where users' estimates do, nothing is asked that a fit would tell.
+        if guesses {
+            self.estimator.fit();
+        }
+        let all = cluster.running().values().zip(items);
+        let run = |(running, item): (&Running, Arc<known::Item>)| {
+            let (end_ms, known) = self.end(running, &item, now_ms);
+            Run { item, end_ms, known }
+        };
+        all.map(run).collect()
     }
 
     /// When a running gang will have ended: later than now, for now it runs.
@@ -183,7 +202,10 @@ impl Planner {
         if running.stopping {
             return (now_ms.saturating_add(running.gang.grace_ms.max(1)), true);
         }
-        let (expected, known) = match running.expected_end_ms {
+        let gang = &running.gang;
+        // What was guessed when it started is known better now, unless its size has changed since.
+        let guessed = gang.estimate_ms.is_none() && gang.tasks.min == gang.tasks.max;
+        let (expected, known) = match running.expected_end_ms.filter(|_| !guessed) {
             Some(end) => (end, true),
             None => {
                 let estimate = self.estimator.estimate(&item.similar, running.gang.estimate_ms);

@@ -1,6 +1,7 @@
 //! Which gang goes next: the policies of [`crate::policy::Queue`], behind one trait.
 //!
 //! - [`estimate`]: how long a gang will run, learnt from those before it.
+//! - [`survival`]: what is known of a duration that is not over.
 //! - [`fair`]: shares of tenants, and the queue that evens them out.
 //!
 //! A queue is filled anew each cycle: what it orders by (waiting times, estimates, shares) changes
@@ -8,6 +9,7 @@
 
 pub mod estimate;
 pub mod fair;
+mod survival;
 
 use crate::policy::Queue;
 

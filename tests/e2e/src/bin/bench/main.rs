@@ -28,12 +28,17 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    let name = std::env::args().nth(1).unwrap_or_default();
+    let mut args = std::env::args().skip(1);
+    let name = args.next().unwrap_or_default();
+    let parts: Vec<String> = args.collect();
+    if name != "scheduler" && !parts.is_empty() {
+        bail!("{name} has no parts: {}", parts.join(" "));
+    }
     let (records, print): (_, fn(&[record::Record])) = match name.as_str() {
         "boot" => (boot::run()?, record::print),
         "coordinator" => (coordinator::run()?, record::print),
         "vfio" => (vfio::run()?, vfio::print),
-        "scheduler" => (scheduler::run()?, scheduler::print),
+        "scheduler" => (scheduler::run(&parts)?, scheduler::print),
         _ => bail!("no benchmark {name:?}; there are boot, vfio, coordinator and scheduler"),
     };
     print(&records);

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use lathe_scheduler::model::{Amount, Cluster, Gang, GpuRequest, Running, Size, TaskRequest};
 use lathe_scheduler::placement::Placer;
 use lathe_scheduler::planner::Planner;
@@ -34,7 +34,24 @@ const CASE_S: f64 = 12.0;
 const PLACEMENTS: usize = 10_000;
 const ROUNDS: usize = 5;
 
-pub fn run() -> anyhow::Result<Vec<Record>> {
+/// What can be asked for alone.
+const PARTS: [&str; 3] = ["rate", "philly", "openb"];
+
+/// These parts of it; all if none is named.
+pub fn run(parts: &[String]) -> anyhow::Result<Vec<Record>> {
+    if let Some(unknown) = parts.iter().find(|part| !PARTS.contains(&part.as_str())) {
+        bail!("scheduler has no part {unknown:?}; there are {}", PARTS.join(", "));
+    }
+    let mut records = Vec::new();
+    if parts.is_empty() || parts.iter().any(|part| part == "rate") {
+        records.extend(rates()?);
+    }
+    records.extend(traces::run(parts)?);
+    Ok(records)
+}
+
+/// Placements and cycles.
+fn rates() -> anyhow::Result<Vec<Record>> {
     let mut records = Vec::new();
     for nodes in NODES {
         eprintln!("bench: placing on {nodes} nodes");
@@ -46,7 +63,6 @@ pub fn run() -> anyhow::Result<Vec<Record>> {
             records.extend(cycles(nodes, queued)?);
         }
     }
-    records.extend(traces::run()?);
     Ok(records)
 }
 

@@ -28,6 +28,9 @@ const LOADS: [f64; 3] = [0.7, 0.9, 1.1];
 const TENANTS: u32 = 8;
 const SEED: u64 = 1;
 
+/// Width of a figure in a table.
+const WIDTH: usize = 16;
+
 /// Seeds of the published results.
 const ARRIVAL_SEEDS: u64 = 10;
 
@@ -43,8 +46,9 @@ const PLACEMENTS: [(Strategy, Ties, &str); 8] = [
     (Strategy::Balanced, Ties::Seeded, "06-FGD"),
 ];
 
-/// All traces that are there.
-pub fn run() -> anyhow::Result<Vec<Record>> {
+/// The traces of these folders that are there; all if none is named.
+pub fn run(parts: &[String]) -> anyhow::Result<Vec<Record>> {
+    let wanted = |name: &str| parts.is_empty() || parts.iter().any(|part| part == name);
     let Some(folder) = folder() else {
         eprintln!(
             "bench: no traces: set LATHE_SHARED_DATA to the folder with openb/ and philly/ to replay them"
@@ -52,10 +56,14 @@ pub fn run() -> anyhow::Result<Vec<Record>> {
         return Ok(Vec::new());
     };
     let mut records = Vec::new();
-    for path in lists(&folder.join("philly"), "")? {
-        records.extend(philly(&path)?);
+    if wanted("philly") {
+        for path in lists(&folder.join("philly"), "")? {
+            records.extend(philly(&path)?);
+        }
     }
-    records.extend(openb(&folder.join("openb"))?);
+    if wanted("openb") {
+        records.extend(openb(&folder.join("openb"))?);
+    }
     Ok(records)
 }
 
@@ -90,7 +98,6 @@ fn philly(path: &Path) -> anyhow::Result<Vec<Record>> {
     let Work::Jobs(jobs) = trace::work(&path.display().to_string(), &bytes)? else { return Ok(Vec::new()) };
     let mut records = Vec::new();
     for load in LOADS {
-        eprintln!("bench: {} at a load of {load}", stem(path));
         let mut arrivals = Arrivals::Jobs(jobs.clone());
         let sized = Load::of(&arrivals);
         let nodes = scenario::equal_nodes(sized.nodes(load, scenario::NODE_GPUS), scenario::NODE_GPUS);
@@ -118,7 +125,8 @@ fn philly(path: &Path) -> anyhow::Result<Vec<Record>> {
         };
         let choices: Vec<Choice> = choices().into_iter().flat_map(each).collect();
         let name = format!("{} {load}", stem(path));
-        records.extend(on_all_cores(&choices, |choice| row(&study, choice, &name)).into_iter().flatten());
+        records
+            .extend(on_all_cores(&name, &choices, |choice| row(&study, choice, &name)).into_iter().flatten());
     }
     Ok(records)
 }
@@ -132,11 +140,10 @@ fn openb(folder: &Path) -> anyhow::Result<Vec<Record>> {
     let seeds: Vec<u64> = (42..42 + ARRIVAL_SEEDS).collect();
     let mut records = Vec::new();
     for path in lists(folder, "openb_pod_list")? {
-        eprintln!("bench: {}", stem(&path));
         let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let Work::Pods(pods) = trace::work(&path.display().to_string(), &bytes)? else { continue };
         let tasks = scenario::arrival_tasks(&pods);
-        let runs = on_all_cores(&PLACEMENTS, |&(strategy, ties, name)| {
+        let runs = on_all_cores(&stem(&path), &PLACEMENTS, |&(strategy, ties, name)| {
             let options = arrivals::Options { strategy, ties, seed: 0, known_demand: true };
             let figures = compare::arrivals(&nodes, &tasks, options, &seeds).percent_gpu_allocated_at_100;
             let known = published
@@ -158,10 +165,15 @@ fn openb(folder: &Path) -> anyhow::Result<Vec<Record>> {
     Ok(records)
 }
 
-/// Results in the order of the inputs; each core takes the next that nobody took.
-fn on_all_cores<T: Sync, R: Send>(inputs: &[T], run: impl Fn(&T) -> R + Sync) -> Vec<R> {
+/// Results in the order of the inputs; each core takes the next that nobody took. Each is printed as it
+/// is there: all of them take minutes.
+fn on_all_cores<T: Sync>(
+    trace: &str,
+    inputs: &[T],
+    run: impl Fn(&T) -> Vec<Record> + Sync,
+) -> Vec<Vec<Record>> {
     let next = AtomicUsize::new(0);
-    let results: Mutex<Vec<(usize, R)>> = Mutex::new(Vec::new());
+    let results: Mutex<Vec<(usize, Vec<Record>)>> = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
@@ -169,7 +181,12 @@ fn on_all_cores<T: Sync, R: Send>(inputs: &[T], run: impl Fn(&T) -> R + Sync) ->
                     let at = next.fetch_add(1, Ordering::Relaxed);
                     let Some(input) = inputs.get(at) else { return };
                     let result = run(input);
-                    results.lock().unwrap_or_else(PoisonError::into_inner).push((at, result));
+                    let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
+                    let subject = result.first().map_or("", |record| &record.subject);
+                    let figures: Vec<String> = result.iter().map(figure).collect();
+                    let count = format!("{} of {}", results.len() + 1, inputs.len());
+                    eprintln!("bench: {trace}, {count}: {subject}: {}", figures.join(", "));
+                    results.push((at, result));
                 }
             });
         }
@@ -177,6 +194,12 @@ fn on_all_cores<T: Sync, R: Send>(inputs: &[T], run: impl Fn(&T) -> R + Sync) ->
     let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.sort_by_key(|(at, _)| *at);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// A figure in words.
+fn figure(record: &Record) -> String {
+    let metric = record.metric.split_once(MARK).map_or(&*record.metric, |(_, metric)| metric);
+    format!("{metric} {:.2} {}", record.value, record.unit)
 }
 
 /// Every policy with perfect knowledge, and the one that lives by estimates with the others, too.
@@ -193,8 +216,8 @@ fn row(study: &Study, choice: &Choice, trace: &str) -> Vec<Record> {
     [
         ("wait mean", "h", hours(figures.waiting_s.mean)),
         ("wait p95", "h", hours(figures.waiting_s.p95)),
-        ("completion mean", "h", hours(figures.completion_s.mean)),
-        ("completion p95", "h", hours(figures.completion_s.p95)),
+        ("complete mean", "h", hours(figures.completion_s.mean)),
+        ("complete p95", "h", hours(figures.completion_s.p95)),
         ("slowdown mean", "ratio", figures.bounded_slowdown.mean),
         ("slowdown p95", "ratio", figures.bounded_slowdown.p95),
         ("makespan", "h", hours(figures.makespan_s)),
@@ -221,8 +244,8 @@ pub fn print(records: &[Record]) {
         }
     }
     for (trace, metrics, subjects) in tables {
-        print!("\n{trace:<32}");
-        metrics.iter().for_each(|metric| print!("{metric:>18}"));
+        print!("\n{trace:<28}");
+        metrics.iter().for_each(|metric| print!("{metric:>WIDTH$}"));
         println!();
         for subject in subjects {
             print!("{subject:<32}");
@@ -230,7 +253,7 @@ pub fn print(records: &[Record]) {
                 let named = format!("{trace}{MARK}{metric}");
                 let found = records.iter().find(|one| one.subject == subject && one.metric == named);
                 let cell = found.map_or_else(|| "-".to_owned(), |record| format!("{:.2}", record.value));
-                print!("{cell:>18}");
+                print!("{cell:>WIDTH$}");
             }
             println!();
         }
