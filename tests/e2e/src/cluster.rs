@@ -35,13 +35,15 @@ pub struct Options {
     pub cpus: u32,
     /// Memory of each, MiB.
     pub memory_mib: u32,
+    /// NUMA nodes of each, as CPUs and MiB, which add up to the above; none: one node with everything.
+    pub numa: Vec<(u32, u32)>,
     /// PCI devices of each beyond those it needs.
     pub devices: Vec<Device>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { hosts: 2, cpus: 2, memory_mib: 3072, devices: Vec::new() }
+        Self { hosts: 2, cpus: 2, memory_mib: 3072, numa: Vec::new(), devices: Vec::new() }
     }
 }
 
@@ -105,6 +107,9 @@ impl Cluster {
             let mut host = HostDescription::new(format!("n{number}"));
             host.cpus = options.cpus;
             host.memory_mib = options.memory_mib;
+            for (cpus, memory_mib) in &options.numa {
+                host = host.numa_node(*cpus, *memory_mib);
+            }
             host.files.clone_from(&files);
             host.devices.clone_from(&options.devices);
             host

@@ -1,6 +1,8 @@
 //! Machines with passed-through devices, without a cluster: binding through sysfs, `lathe-vmm`, and what
 //! `device-test` prints in the guest.
 
+pub mod rounds;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

@@ -23,9 +23,12 @@ const LARGE: &str = "0000:03:00.0";
 const DISK: &str = "0000:04:00.0";
 const NIC: &str = "0000:05:00.0";
 const SHARED: [&str; 2] = ["0000:07:01.0", "0000:07:02.0"];
+/// A bridge to a conventional bus with slots, and the display alone behind it.
+const BRIDGE: &str = "0000:08:00.0";
+const BEHIND: &str = "0000:09:01.0";
 
 /// `01:00.0` has the driver `bochs-drm`, `02:00.0` and `03:00.0` (256 MiB) have none, `04:00.0` is a disk,
-/// `05:00.0` a network card, and behind the bridge two displays share a group.
+/// `05:00.0` a network card, behind a bridge two displays share a group, and one is alone behind another.
 fn host() -> (Bed, Host, tempfile::NamedTempFile) {
     let bed = Bed::new().unwrap();
     let disk = tempfile::NamedTempFile::new().unwrap();
@@ -39,6 +42,7 @@ fn host() -> (Bed, Host, tempfile::NamedTempFile) {
         .device(Device::root_port(Device::nvme(disk.path(), "scratch")))
         .device(Device::root_port(Device::other("e1000e")))
         .device(Device::root_port(Device::pci_bridge([display(), display()])))
+        .device(Device::root_port(Device::pci_bridge([display()])))
         .file(artefacts::binary("lathe-agent").unwrap(), "/usr/bin/lathe-agent");
     let host = bed.boot(description).unwrap();
     host.shell("modprobe bochs; modprobe vfio-pci").unwrap();
@@ -133,6 +137,14 @@ fn what_a_tenant_leaves_is_gone_before_anybody_else_has_the_device() {
     assert_eq!(driver(&host, GPU), "bochs-drm");
     succeeds(&host, &format!("take {GPU} --as tenant-b"));
     assert!(read_memory(&host, GPU).iter().all(|word| word == "0x00000000"));
+
+    // A driver of the bridge above would keep the group the host's: it goes along, there and back.
+    let behind = || [BRIDGE, BEHIND].map(|address| driver(&host, address));
+    assert_eq!(behind(), ["shpchp", "bochs-drm"]);
+    succeeds(&host, &format!("take {BEHIND}"));
+    assert_eq!(behind(), ["none", "vfio-pci"]);
+    succeeds(&host, &format!("release {BEHIND}"));
+    assert_eq!(behind(), ["shpchp", "bochs-drm"]);
 
     // Devices without memory of their own are reset, and no more is claimed.
     let said = succeeds(&host, &format!("take {NIC} {DISK}"));

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use lathe_e2e::leftovers;
-use lathe_e2e::passthrough::{self, Machine, Running, bind, pinned_pages, turned_down};
+use lathe_e2e::passthrough::{self, Machine, Running, bind, pinned_pages, rounds, turned_down};
 use lathe_e2e::wait::{PATIENCE, until};
 use lathe_testbed::{Bed, Device, DeviceKind, Host, Output, Status};
 use serde_json::json;
@@ -20,8 +20,6 @@ const CARD: &str = "0000:06:02.0";
 
 /// On the root complex itself.
 const NO_RESET: &str = "0000:00:10.0";
-
-const ROUNDS: usize = 10;
 
 fn host(bed: &Bed) -> Host {
     let description = passthrough::host()
@@ -40,7 +38,8 @@ fn devices_come_and_go_and_what_is_refused_changes_nothing() {
     let before = (leftovers::census(&host).unwrap(), pinned_pages(&host).unwrap());
 
     mistakes_in_a_description(&host);
-    plugged_and_unplugged(&host);
+    rounds::comes_and_goes(&host, "container", EDU, |running| mistakes_while_it_runs(&host, running))
+        .unwrap();
     torn_out_of_the_host(&host);
 
     let left = leftovers::new_since(&before.0, &leftovers::census(&host).unwrap());
@@ -69,38 +68,6 @@ fn mistakes_in_a_description(host: &Host) {
 
 fn assert_done(output: &Output) {
     assert!(output.status.success(), "{}{}", output.text(), String::from_utf8_lossy(&output.stderr));
-}
-
-fn plugged_and_unplugged(host: &Host) {
-    // One round more: the last device is taken away without asking.
-    let machine =
-        Machine::new(&format!("edu-loop lathe.rounds={}", ROUNDS + 1), &[]).with("hotplug_slots", json!(1));
-    let mut running = machine.start(host).unwrap();
-    let mut held = Vec::new();
-    for round in 1..=ROUNDS {
-        running.plug_edu(EDU, round).unwrap();
-        if round == 1 {
-            mistakes_while_it_runs(host, &running);
-        }
-        assert_done(&running.device("unplug", &["edu"]).unwrap());
-        running.wait_for_devices(0).unwrap();
-        running.wait_for("unplugged", round).unwrap();
-        held.push(running.held().unwrap());
-    }
-    // What is made once is there after the second round.
-    assert_eq!(held[1], held[ROUNDS - 1], "{held:#?}");
-
-    running.plug_edu(EDU, ROUNDS + 1).unwrap();
-    assert_done(&running.device("unplug", &["edu", "--surprise"]).unwrap());
-    assert!(running.devices().unwrap().is_empty());
-    assert_eq!(
-        running.process.wait(PATIENCE).unwrap(),
-        Some(Status::Exited(0)),
-        "{}",
-        running.text().unwrap()
-    );
-    let text = running.text().unwrap();
-    assert!(text.contains("DEVICES-DONE"), "{text}");
 }
 
 fn mistakes_while_it_runs(host: &Host, running: &Running) {

@@ -99,4 +99,9 @@ pub trait PciDevice: Send {
     /// (PCIe 6.0 §7.5.1.3.13). Afterwards the command register and the BARs have to read as after power-on;
     /// the root complex follows them. Called with the root complex locked.
     fn bus_reset(&mut self) {}
+
+    /// The function is about to go from the bus. Its DMA and its interrupts have to have ended when this returns: a
+    /// guest that finds it gone uses the memory that it had given to it for something else. Called with the root
+    /// complex locked, before anything shows the guest that it goes; nothing of the guest's arrives afterwards.
+    fn leave(&mut self) {}
 }

@@ -326,6 +326,7 @@ impl PciRoot {
         let functions = std::mem::take(&mut self.buses[bus]);
         let remove = |(_, function): (u8, Function)| {
             let mut device = lock(&function.device);
+            device.leave();
             for (bar, base) in function.placements {
                 if let Some(base) = base {
                     self.mmio.remove(base);

@@ -242,6 +242,10 @@ impl PciDevice for VfioPci {
         self.reset();
     }
 
+    fn leave(&mut self) {
+        self.quiesce();
+    }
+
     fn bar_moved(&mut self, bar: u8, address: Option<u64>) {
         let Some(bar) = self.bars.iter_mut().find(|mapped| mapped.index == bar) else { return };
         bar.leave(&*self.hypervisor, self.dma.as_deref());

@@ -156,6 +156,22 @@ fn a_reset_by_the_guest_that_fails_leaves_nothing_on_either() {
     }
 }
 
+/// A guest that finds a device gone uses for something else what the device was to write to.
+#[test]
+fn one_that_is_taken_off_the_bus_does_no_dma_any_more() {
+    let mut guest = guest();
+    let _file = mapped(&mut guest);
+    guest.device.wire_pin(16);
+    guest.device.write_config(4, &[6, 0]);
+    guest.device.write_config(0xb2, &[0x07, 0x80]);
+    guest.device.bar_moved(0, Some(0x1_0000_0000));
+    assert_eq!(lock(&guest.hypervisor.slots).len(), 2);
+    guest.device.leave();
+    assert_eq!(lock(&guest.function.log).disconnected, [Intx, Msix]);
+    assert_eq!(lock(&guest.function.log).config.last().cloned(), Some((4, vec![2, 0])));
+    assert!(lock(&guest.hypervisor.slots).is_empty(), "nor does the guest reach it");
+}
+
 #[test]
 fn pages_with_msix_structures_are_not_mapped() {
     let guest = guest();
@@ -163,13 +179,19 @@ fn pages_with_msix_structures_are_not_mapped() {
     assert_eq!(trapped_pages(&guest.device.interrupts, 2), []);
 }
 
-#[test]
-fn mapped_parts_follow_the_bar() {
+/// BAR 0 is mapped from the file.
+fn mapped(guest: &mut Guest) -> std::fs::File {
     use std::os::fd::AsFd;
-    let mut guest = guest();
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 16).unwrap();
     guest.device.map_bars(file.as_fd(), |_| 0).unwrap();
+    file
+}
+
+#[test]
+fn mapped_parts_follow_the_bar() {
+    let mut guest = guest();
+    let _file = mapped(&mut guest);
     let slots = |guest: &Guest| lock(&guest.hypervisor.slots).values().copied().collect::<Vec<_>>();
     guest.device.bar_moved(0, Some(0x1_0000_0000));
     assert_eq!(slots(&guest), [(0x1_0000_0000, 0x2000), (0x1_0000_4000, 0xc000)]);

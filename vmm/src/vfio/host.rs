@@ -82,6 +82,12 @@ impl HostDevice {
                  /sys/bus/pci/drivers_probe"
             )));
         }
+        if resets_are_forbidden(&path) {
+            return Err(refused(format!(
+                "must not be reset: its reset_method is empty, and what is not reset is passed to no guest; allow it: \
+                 echo default > {DEVICES}/{address}/reset_method"
+            )));
+        }
         let others = foreign_members(&path, address);
         if !others.is_empty() {
             let names: Vec<String> =
@@ -104,6 +110,13 @@ fn is_silent(path: &Path) -> bool {
     let mut class = [0; 4];
     let read = File::open(path.join("config")).and_then(|file| file.read_exact_at(&mut class, 8));
     read.is_ok() && class == [0xff; 4]
+}
+
+/// Whether somebody emptied the list of ways to reset it, "which disables the ability to reset the device" (Linux
+/// Documentation/ABI/testing/sysfs-bus-pci). The kernel holds to that for the function alone; its bus it would reset.
+/// One that never had a way of its own lacks the file.
+fn resets_are_forbidden(path: &Path) -> bool {
+    fs::read_to_string(path.join("reset_method")).is_ok_and(|methods| methods.trim().is_empty())
 }
 
 /// Members of the group that a driver of the host's has. The kernel lets those of [`HARMLESS_DRIVERS`] stay, on
@@ -195,6 +208,10 @@ mod tests {
         let mut registers = [0; 64];
         registers[..4].fill(0xff);
         fs::write(config("0000:01:00.0"), registers).unwrap();
+        host.add("0000:0a:00.0", "030000", Some(10), Some("vfio-pci"));
+        let methods = |address: &str| host.0.path().join("devices").join(address).join("reset_method");
+        fs::write(methods("0000:0a:00.0"), "\n").unwrap();
+        fs::write(methods("0000:01:00.0"), "flr bus\n").unwrap();
         let found = host.find("0000:01:00.0").unwrap();
         assert_eq!((found.group, found.class), (4, 0x03_00_00));
         for (address, words) in [
@@ -203,6 +220,11 @@ mod tests {
             ("0000:03:00.0", "is a bridge (class 060400)"),
             ("0000:04:00.0", "has no IOMMU group; turn on VT-d or AMD-Vi"),
             ("0000:08:00.0", "does not answer: its configuration space reads as ones"),
+            (
+                "0000:0a:00.0",
+                "must not be reset: its reset_method is empty, and what is not reset is passed to no guest; allow it: \
+                 echo default > /sys/bus/pci/devices/0000:0a:00.0/reset_method",
+            ),
             (
                 "0000:05:01.0",
                 "shares IOMMU group 7 with 0000:05:02.0 (driver e1000e), which the host uses; bind all other",

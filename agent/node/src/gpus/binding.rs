@@ -3,6 +3,11 @@
 //! Each step is written down, then taken, then read back from the kernel: a probe that binds nothing, or
 //! something else, reports success all the same. From [`seize`] on, `driver_override` keeps every driver but
 //! `vfio-pci` away, so nothing takes a device that is between two owners, whatever is loaded meanwhile.
+//!
+//! A group is lent only if no driver has any of it that may do DMA for the host; the kernel refuses to open it else
+//! ("the group is viable", Linux Documentation/driver-api/vfio.rst). It takes a driver on a bridge for one too, unless
+//! the driver says otherwise (`driver_managed_dma`), as `pcieport` does and `shpchp`, for slots of conventional PCI,
+//! does not. Such a driver is taken from the bridge meanwhile; a bridge itself is never given to `vfio-pci`.
 
 use std::io;
 use std::time::Instant;
@@ -19,6 +24,12 @@ const PCI_BRIDGE: u32 = 0x0604;
 
 /// The base class of bridges of any kind.
 pub const BRIDGES: u32 = 0x06;
+
+/// Drivers that the kernel lets keep a member of a group that is lent: they do no DMA.
+const HARMLESS_DRIVERS: [&str; 3] = [VFIO_PCI, "pci-stub", "pcieport"];
+
+/// What `driver_override` names to keep all drivers away (Linux Documentation/ABI/testing/sysfs-bus-pci).
+const NO_DRIVER: &str = "none";
 
 /// What `driver_override` shows when it is not set.
 const NO_OVERRIDE: &str = "(null)";
@@ -58,6 +69,17 @@ pub fn unit_of(host: &dyn PciHost, address: HostPciAddress) -> Result<Vec<HostPc
     Ok(unit)
 }
 
+/// The bridges in the group of `address` whose drivers would keep the group the host's. All that is behind them is
+/// lent with it: see [`unit_of`].
+pub fn bridges_of(host: &dyn PciHost, address: HostPciAddress) -> Vec<HostPciAddress> {
+    let is_in_the_way = |member: &HostPciAddress| {
+        let driver = host.driver(*member);
+        class_of(host, *member) >> 8 == PCI_BRIDGE
+            && driver.is_some_and(|driver| !HARMLESS_DRIVERS.contains(&driver.as_str()))
+    };
+    host.group(address).unwrap_or_default().into_iter().filter(is_in_the_way).collect()
+}
+
 /// What a function is bound to at the moment.
 pub fn function_now(host: &dyn PciHost, address: HostPciAddress) -> Function {
     let text = |attribute: &str| host.read(address, attribute).ok();
@@ -74,18 +96,21 @@ fn failed(address: HostPciAddress, what: impl Into<String>) -> impl FnOnce(io::E
     move |source| GpuError::Step { address, what, source }
 }
 
-/// Keeps all drivers but `vfio-pci` away from every function, and those that are bound make go.
+/// Keeps all drivers but `vfio-pci` away from every function, and all from the bridges; those that are bound make go.
 ///
 /// # Errors
 /// When a driver does not let go.
 pub fn seize(host: &dyn PciHost, ledger: &mut Ledger<'_>) -> Result<(), GpuError> {
     let begun = Instant::now();
-    for address in ledger.record.addresses() {
-        ledger.step(Step::Override(address), |_| {
-            host.write(address, "driver_override", VFIO_PCI).map_err(failed(address, "set driver_override"))
+    let functions = ledger.record.addresses().into_iter().map(|address| (address, VFIO_PCI));
+    let bridges = ledger.record.bridges.iter().map(|bridge| (bridge.address, NO_DRIVER));
+    let all: Vec<_> = functions.chain(bridges).collect();
+    for (address, driver) in &all {
+        ledger.step(Step::Override(*address), |_| {
+            host.write(*address, "driver_override", driver).map_err(failed(*address, "set driver_override"))
         })?;
     }
-    for address in ledger.record.addresses() {
+    for (address, _) in all {
         let Some(driver) = host.driver(address) else { continue };
         ledger.step(Step::Unbind(address), |_| {
             // A driver that goes by itself in this moment has let go as well.
@@ -116,13 +141,13 @@ pub fn lend(host: &dyn PciHost, ledger: &mut Ledger<'_>) -> Result<(), GpuError>
     Ok(())
 }
 
-/// Gives every function back to the driver that had it.
+/// Gives every function and bridge back to the driver that had it.
 ///
 /// # Errors
 /// When it does not come back; then no driver has it, or another one.
 pub fn give_back(host: &dyn PciHost, ledger: &mut Ledger<'_>) -> Result<(), GpuError> {
     let begun = Instant::now();
-    let functions = ledger.record.functions.clone();
+    let functions = [ledger.record.functions.clone(), ledger.record.bridges.clone()].concat();
     for function in &functions {
         ledger.step(Step::Restore(function.address), |_| restore(host, function))?;
     }

@@ -97,12 +97,22 @@ impl Fake {
 }
 
 impl Model {
+    /// The kernel would refuse to open a group with such a bridge in it.
+    fn watch_group(&mut self, address: HostPciAddress, driver: &str) {
+        let Some(group) = self.functions.get(&address).map(|function| function.group) else { return };
+        let mut mates = self.functions.values().filter(|function| function.group == group && group != 0);
+        if driver == VFIO_PCI && mates.any(|function| function.driver.as_deref() == Some("shpchp")) {
+            self.violations.push(format!("{address} was lent while the host has a bridge of its group"));
+        }
+    }
+
     fn at(&mut self, address: HostPciAddress) -> io::Result<&mut Function> {
         let there = self.functions.get_mut(&address).filter(|function| !function.gone);
         there.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn bind(&mut self, address: HostPciAddress, driver: &str) {
+        self.watch_group(address, driver);
         if let Some(function) = self.functions.get_mut(&address) {
             function.driver = Some(driver.to_owned());
             let memory = function.class >> 16 == 0x03 && !function.closed;
@@ -193,7 +203,8 @@ impl PciHost for Fake {
         let wanted = f.over.clone().or(f.native.clone());
         let free = f.driver.is_none();
         // What it does not bind the kernel does not tell.
-        if let Some(driver) = wanted.filter(|driver| free && !f.broken.contains(&driver.as_str())) {
+        let takes = |driver: &String| free && driver != "none" && !f.broken.contains(&driver.as_str());
+        if let Some(driver) = wanted.filter(takes) {
             model.bind(function, &driver);
         }
         Ok(())

@@ -141,7 +141,8 @@ impl Gpus {
 
     /// Whether every function is bound to what it was, in this boot.
     fn is_as_it_was(&self, record: &Record) -> bool {
-        let bound = record.functions.iter().all(|f| f.driver == self.host.driver(f.address));
+        let mut all = record.functions.iter().chain(&record.bridges);
+        let bound = all.all(|f| f.driver == self.host.driver(f.address));
         // Without a driver before, it cannot be seen what was done.
         let told = record.functions.iter().all(|f| f.driver.is_some());
         bound && told && record.boot_id == self.boot_id

@@ -18,7 +18,7 @@ use lathe_api::gpu::{GpuState, Severity};
 use nix::fcntl::Flock;
 
 use super::GpuError;
-use super::binding::{self, BRIDGES, class_of, function_now, unit_of};
+use super::binding::{self, BRIDGES, bridges_of, class_of, function_now, unit_of};
 use super::choose::{Candidate, choose};
 use super::host::{KernelHost, PciHost};
 use super::record::{CrashPoint, Ledger, Owner, Record, State, Times};
@@ -450,7 +450,10 @@ impl Gpus {
     }
 
     pub(super) fn note_functions(&self, record: &mut Record, unit: &[HostPciAddress]) {
-        record.functions = unit.iter().map(|address| function_now(&*self.host, *address)).collect();
+        let host = &*self.host;
+        record.functions = unit.iter().map(|address| function_now(host, *address)).collect();
+        let bridges = unit.first().map(|address| bridges_of(host, *address)).unwrap_or_default();
+        record.bridges = bridges.into_iter().map(|address| function_now(host, address)).collect();
         record.boot_id.clone_from(&self.boot_id);
     }
 

@@ -52,7 +52,7 @@ pub enum State {
     Quarantined(String),
 }
 
-/// A PCI function as it was before it was taken.
+/// A PCI function, or a bridge, as it was before it was taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Function {
     /// Where.
@@ -69,7 +69,7 @@ pub struct Function {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    /// `driver_override` is set to `vfio-pci`: no other driver can take the function from here on.
+    /// `driver_override` is set to `vfio-pci`, a bridge's to none: no other driver can take it from here on.
     Override(HostPciAddress),
     /// The bound driver lets go.
     Unbind(HostPciAddress),
@@ -106,6 +106,9 @@ pub struct Record {
     pub address: HostPciAddress,
     /// All functions that go with it, itself first.
     pub functions: Vec<Function>,
+    /// Bridges whose driver has to be gone while it is lent ([`super::binding::bridges_of`]).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bridges: Vec<Function>,
     /// The boot in which `functions` was written: after another one the kernel has bound them anew.
     pub boot_id: String,
     /// Where it is in its life.
@@ -131,6 +134,7 @@ impl Record {
             version: VERSION,
             address,
             functions: Vec::new(),
+            bridges: Vec::new(),
             boot_id: boot_id.to_owned(),
             state: State::Free,
             step: None,

@@ -15,6 +15,9 @@ const GPU: u32 = 0x030200;
 const AUDIO: u32 = 0x040300;
 const BRIDGE: u32 = 0x060400;
 
+const CONVENTIONAL: &str = "0000:00:02.0";
+const ROOT_PORT: &str = "0000:00:03.0";
+
 struct Bench {
     fake: Fake,
     dir: TempDir,
@@ -25,10 +28,11 @@ impl Bench {
         Self { fake: Fake::default(), dir: tempfile::tempdir().unwrap() }
     }
 
-    /// A device with two functions below a root port, and one alone.
+    /// A device with two functions below a bridge to conventional PCI with slots, and one alone below a root port.
     fn with_gpus() -> (Self, HostPciAddress, HostPciAddress) {
         let bench = Self::new();
-        bench.fake.add("0000:00:02.0", BRIDGE, 1, Some("pcieport"));
+        bench.fake.add(CONVENTIONAL, BRIDGE, 1, Some("shpchp"));
+        bench.fake.add(ROOT_PORT, BRIDGE, 2, Some("pcieport"));
         let gpu = bench.fake.add("0000:01:00.0", GPU, 1, Some("nvidia"));
         bench.fake.add("0000:01:00.1", AUDIO, 1, Some("snd_hda_intel"));
         let other = bench.fake.add("0000:02:00.0", GPU, 2, None);
@@ -61,7 +65,21 @@ impl Bench {
     }
 
     fn is_lent(&self, gpu: HostPciAddress) -> bool {
-        self.drivers(gpu).iter().all(|driver| driver.as_deref() == Some(VFIO_PCI))
+        let lent = self.drivers(gpu).iter().all(|driver| driver.as_deref() == Some(VFIO_PCI));
+        lent && self.bridges_are(gpu, (None, Some("none")))
+    }
+
+    /// Whether the bridges of its group that have to give up their driver have this driver and `driver_override`; one
+    /// that need not keeps its own in any case.
+    fn bridges_are(&self, gpu: HostPciAddress, wanted: (Option<&str>, Option<&str>)) -> bool {
+        let model = self.fake.model();
+        let group = model.functions[&gpu].group;
+        let mut bridges = model.functions.values().filter(|f| f.group == group && f.class == BRIDGE);
+        bridges.all(|f| {
+            let harmless = f.native.as_deref() == Some("pcieport");
+            let wanted = if harmless { (Some("pcieport"), None) } else { wanted };
+            (f.driver.as_deref(), f.over.as_deref()) == wanted
+        })
     }
 
     fn is_the_host_s(&self, gpu: HostPciAddress) -> bool {
@@ -70,7 +88,9 @@ impl Bench {
         let as_before = |f: &super::fake::Function| {
             f.driver == f.native && f.over.is_none() && f.enabled == 0 && f.reset_method == "flr bus"
         };
-        unit.map(|(_, function)| function).all(as_before)
+        let unit_is = unit.map(|(_, function)| function).all(as_before);
+        drop(model);
+        unit_is && self.bridges_are(gpu, (Some("shpchp"), None))
     }
 
     fn assert_nothing_forbidden_happened(&self) {
@@ -109,6 +129,20 @@ fn a_device_is_lent_with_all_its_functions_and_comes_back_clean() {
         assert!(view.last.unwrap().ends_with("memory proven zero: 16 MiB"));
         bench.assert_nothing_forbidden_happened();
     }
+}
+
+#[test]
+fn a_bridge_that_does_not_come_back_to_its_driver_is_told() {
+    let (bench, gpu, _) = Bench::with_gpus();
+    let (gpus, owner, bridge) = (bench.gpus(), sandbox("a-0-1"), CONVENTIONAL.parse().unwrap());
+    take(&gpus, gpu, &owner).unwrap();
+    bench.fake.change(bridge, |f| f.broken = vec!["shpchp"]);
+    gpus.release(gpu, &owner).unwrap();
+    let reason = gpus.view(gpu).reason.unwrap();
+    assert!(reason.contains("0000:00:02.0: cannot bind it to shpchp"), "{reason}");
+    bench.fake.change(bridge, |f| f.broken.clear());
+    gpus.release_quarantine(gpu).unwrap();
+    assert!(bench.is_the_host_s(gpu));
 }
 
 #[test]
@@ -278,7 +312,7 @@ fn refusals_name_the_reason_and_change_nothing() {
         error
     };
     let gpus = bench.gpus();
-    assert!(refusal(&gpus, "0000:00:02.0".parse().unwrap()).contains("it is a bridge"));
+    assert!(refusal(&gpus, CONVENTIONAL.parse().unwrap()).contains("it is a bridge"));
     assert!(refusal(&gpus, "0000:09:00.0".parse().unwrap()).contains("no such device"));
     // A function of the chipset would take the host's bridge to ISA along.
     let chipset = bench.fake.add("0000:00:1f.3", 0x0c0500, 8, None);

@@ -257,21 +257,34 @@ fn boot_vga(function: &Function<'_>) -> Option<GpuProblem> {
 fn reset(function: &Function<'_>) -> Option<GpuProblem> {
     let fix = "put it alone below a root port, so that its bus can be reset";
     let methods = function.reset_methods();
+    let has = |file: &str| function.host.path(function.file(file)).exists();
     if methods.is_empty() {
-        let what = "the kernel knows no way to reset it: the next guest would find what the last one left";
-        return Some(blocks(what, format!("{fix}; see its file reset_method")));
+        if has("reset_method") {
+            let allow = format!("echo default > /sys/bus/pci/devices/{}/reset_method", function.address);
+            return Some(blocks("it must not be reset: somebody emptied its file reset_method", allow));
+        }
+        // An older kernel has a way and no list; the bridge above a card of several functions resets them all.
+        if !has("reset") && (!has("../reset_subordinate") || beside(function).is_some()) {
+            let what =
+                "the kernel knows no way to reset it: the next guest would find what the last one left";
+            return Some(blocks(what, fix));
+        }
+        return None;
     }
     // The kernel lists methods when it finds a function, before it has found those beside it.
     if methods.iter().any(|method| method != "bus" && method != "slot") {
         return None;
     }
-    let place = |of: HostPciAddress| (of.domain(), of.bus());
-    let beside = function.host.names("sys/bus/pci/devices").into_iter();
-    let beside = beside.filter_map(|name| name.parse::<HostPciAddress>().ok()).find(|other| {
-        // Functions of the same card are taken together with it.
-        place(*other) == place(function.address) && other.device() != function.address.device()
-    })?;
+    let beside = beside(function)?;
     Some(blocks(format!("it can only be reset by its bus, which it shares with {beside}"), fix))
+}
+
+/// A function on the same bus that is not of the same card: those of the card are taken together with it.
+fn beside(function: &Function<'_>) -> Option<HostPciAddress> {
+    let place = |of: HostPciAddress| (of.domain(), of.bus());
+    let all = function.host.names("sys/bus/pci/devices").into_iter();
+    all.filter_map(|name| name.parse::<HostPciAddress>().ok())
+        .find(|other| place(*other) == place(function.address) && other.device() != function.address.device())
 }
 
 /// Guest addresses have to exist in the CPU and in the IOMMU alike.

@@ -103,7 +103,14 @@ fn interrupts_of_hundreds_of_cpus_are_read() {
 #[test]
 fn devices_that_cannot_be_taken_or_cleaned_are_refused() {
     has(&two_gpus().file_of(CARD, "boot_vga", "1\n"), CARD, "blocks", &["console", "boot vga"]);
-    has(&two_gpus().file_of(GPU, "reset_method", "\n"), GPU, "blocks", &["no way to reset"]);
+    let emptied = two_gpus().file_of(GPU, "reset_method", "\n");
+    has(&emptied, GPU, "blocks", &["must not be reset", "echo default > ", "0000:03:00.0/reset_method"]);
+    let none = || two_gpus().without(&format!("sys/bus/pci/devices/{GPU}/reset_method"));
+    has(&none(), GPU, "blocks", &["no way to reset"]);
+    let subordinate = none().file_of("0000:02:04.0", "reset_subordinate", "");
+    assert_eq!(lines(&subordinate, GPU), [] as [&str; 0], "the port above resets all of it");
+    let shared = subordinate.function("0000:00:01.0/0000:01:00.0/0000:02:04.0/0000:03:01.0", 0x01_08_02);
+    has(&shared, GPU, "blocks", &["no way to reset"]);
     let beside = two_gpus().function("0000:00:01.0/0000:01:00.0/0000:02:04.0/0000:03:01.0", 0x01_08_02);
     assert_eq!(lines(&beside, GPU), [] as [&str; 0], "it has a reset of its own");
     let bus_only = beside.file_of(GPU, "reset_method", "bus\n");

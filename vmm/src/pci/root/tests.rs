@@ -21,6 +21,8 @@ struct Tester {
     config: ConfigSpace,
     moves: Vec<(u8, Option<u64>)>,
     resets: usize,
+    /// How many moves there were when it was about to go.
+    left_after: Option<usize>,
 }
 
 impl Tester {
@@ -38,7 +40,7 @@ impl Tester {
         for &(index, size, high) in bars {
             config.add_bar(Bar { index, size, wide: high, prefetchable: high })?;
         }
-        Ok(Self { config, moves: Vec::new(), resets: 0 })
+        Ok(Self { config, moves: Vec::new(), resets: 0, left_after: None })
     }
 }
 
@@ -60,6 +62,10 @@ impl PciDevice for Tester {
     fn bus_reset(&mut self) {
         self.config.clear_writable();
         self.resets += 1;
+    }
+
+    fn leave(&mut self) {
+        self.left_after = Some(self.moves.len());
     }
 }
 
@@ -303,8 +309,13 @@ fn a_device_that_vanishes_leaves_nothing_behind() {
     assert!(slot.occupied && slot.number == 1 && slot.numa_node == Some(0));
     assert_eq!(guest.root().surprise_remove(1).unwrap().len(), 2);
     assert_eq!(guest.read32((1, 0, 0), 0), u32::MAX);
-    let moves = guest.device[0].lock().unwrap().moves.clone();
+    let (moves, left_after) = {
+        let device = guest.device[0].lock().unwrap();
+        (device.moves.clone(), device.left_after.unwrap())
+    };
     assert_eq!(moves.iter().filter(|(_, address)| address.is_none()).count(), 2);
+    let (_, gone) = moves.split_at(left_after);
+    assert_eq!(gone.len(), 2, "its DMA ends before the guest can find it gone: {moves:?}");
     assert_eq!(guest.root().surprise_remove(1).err(), Some(SlotError::Empty(1)));
     assert_eq!(guest.read32((0, 16, 0), EXPRESS + 0x10) >> 16, 0, "the link is down");
     // Its place is free for another of its kind.

@@ -8,6 +8,7 @@
 //! edu_dma_interrupt msi
 //! ```
 
+use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -56,6 +57,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// Runs everything that the device can do.
 pub fn exercise(options: &Options) -> Result<(), Failure> {
     let device = sysfs::find(options, "edu device", |device| device.id == ID)?;
+    let memory = Memory::new()?;
     let edu = Edu::open(&device)?;
     println!("edu_identification {:#x}", edu.identify()?);
     println!("edu_liveness ok");
@@ -70,7 +72,7 @@ pub fn exercise(options: &Options) -> Result<(), Failure> {
         println!("edu_factorial {name} {}", edu.factorial(Some((&listener, interrupt)))?);
     }
     edu.vfio.write(STATUS, 0)?;
-    let mut engine = Engine::new(&edu, 1)?;
+    let mut engine = Engine::new(&edu, &memory, 1);
     let mut sum = Sha256::new();
     let mut total = 0;
     for _ in 0..3 {
@@ -180,11 +182,27 @@ impl Edu {
     }
 }
 
-/// The DMA engine with memory at both ends of its transfers.
-pub struct Engine<'a> {
-    edu: &'a Edu,
+/// Memory for both ends of the engine's transfers. It is made before the device is opened and goes after that is
+/// closed: a transfer that nobody waits for any more, as of a device that is torn out, still writes to it.
+pub struct Memory {
     source: Page,
     destination: Page,
+}
+
+impl Memory {
+    /// A page for each end, which stays where it is: the kernel moves locked pages too when it makes room for large
+    /// ones, unless it is told not to (Documentation/admin-guide/sysctl/vm.rst), and the device is told once.
+    pub fn new() -> Result<Self, Failure> {
+        // A kernel that never moves pages has no such file.
+        let _ = fs::write("/proc/sys/vm/compact_unevictable_allowed", "0");
+        Ok(Self { source: Page::new()?, destination: Page::new()? })
+    }
+}
+
+/// The DMA engine.
+pub struct Engine<'a> {
+    edu: &'a Edu,
+    memory: &'a Memory,
     random: Random,
 }
 
@@ -203,28 +221,29 @@ impl Page {
 
 impl<'a> Engine<'a> {
     /// With data that follows from the seed.
-    pub fn new(edu: &'a Edu, seed: u64) -> Result<Self, Failure> {
-        Ok(Self { edu, source: Page::new()?, destination: Page::new()?, random: Random::new(seed) })
+    pub fn new(edu: &'a Edu, memory: &'a Memory, seed: u64) -> Self {
+        Self { edu, memory, random: Random::new(seed) }
     }
 
     /// Sends random data to the device, has it sent back to another page, and compares; the data.
     pub fn round_trip(&mut self, listener: Option<&Listener>) -> Result<Vec<u8>, Failure> {
+        let Memory { source, destination } = self.memory;
         let mut data = Vec::with_capacity(BUFFER_SIZE);
         for offset in (0..PAGE.min(BUFFER_SIZE)).step_by(8) {
             let word = self.random.next();
-            self.source.mapping.write(offset, word);
-            self.destination.mapping.write(offset, !word);
+            source.mapping.write(offset, word);
+            destination.mapping.write(offset, !word);
             data.extend(word.to_le_bytes());
         }
-        self.edu.transfer(self.source.physical, BUFFER, 0, listener)?;
-        self.edu.transfer(BUFFER, self.destination.physical, DMA_TO_MEMORY, listener)?;
+        self.edu.transfer(source.physical, BUFFER, 0, listener)?;
+        self.edu.transfer(BUFFER, destination.physical, DMA_TO_MEMORY, listener)?;
         for (offset, word) in (0..).step_by(8).zip(data.chunks_exact(8)) {
-            let found = self.destination.mapping.read(offset).to_le_bytes();
+            let found = destination.mapping.read(offset).to_le_bytes();
             if found != word {
                 return Err(Failure::wrong(format!(
                     "DMA: at byte {offset} {found:02x?} came back, {word:02x?} was sent; \
                      from {:#x} to {:#x}",
-                    self.source.physical, self.destination.physical
+                    source.physical, destination.physical
                 )));
             }
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::Failure;
-use crate::edu::{self, Edu, Engine};
+use crate::edu::{self, Edu, Engine, Memory};
 use crate::options::Options;
 use crate::sysfs::{self, Device};
 
@@ -35,10 +35,11 @@ pub fn edu_loop(options: &Options) -> Result<(), Failure> {
 
 /// Moves data until the device is asked back or gone; how many times it came back as it was sent.
 fn drive(device: &Device, seed: u64) -> Result<u64, Failure> {
+    let memory = Memory::new()?;
     let edu = Edu::open(device)?;
     edu.identify()?;
     let request = edu.request()?;
-    let mut engine = Engine::new(&edu, seed)?;
+    let mut engine = Engine::new(&edu, &memory, seed);
     let mut transfers = 0;
     loop {
         let result = engine.round_trip(None);

@@ -11,6 +11,7 @@
 //! | --- | --- | --- |
 //! | `tree` | | the PCI tree, a `tree` line a device ([`tree`]) |
 //! | `bars` | | `bar ADDRESS REGION START SIZE FLAGS` for each region ([`bars`]) |
+//! | `numa` | | CPUs and memory of each NUMA node ([`numa`]) |
 //! | `nvme` | `nvme` (nvme0n1), `mib` (whole disk), `writes` (64), `seed` (1) | reads and writes with checksums on all queues ([`nvme`]) |
 //! | `nvme-verify` | `nvme`, `writes`, `seed` | checks what `nvme` with the same options wrote, after a reboot say |
 //! | `nvme-iops` | `nvme`, `reads` (2000), `depth` (1) | `nvme_4k_read_ns N` and `nvme_4k_read_median_ns N`, with `depth` reads under way ([`reads`]) |
@@ -30,6 +31,7 @@ mod hotplug;
 mod interrupts;
 mod memory;
 mod nic;
+mod numa;
 mod nvme;
 mod options;
 mod reads;
@@ -108,6 +110,7 @@ fn run(action: &str, options: &Options) -> Result<(), Failure> {
     match action {
         "tree" => tree::print(),
         "bars" => bars::print(),
+        "numa" => numa::print(),
         "nvme" => nvme::exercise(options),
         "nvme-verify" => nvme::verify(options),
         "nvme-iops" => reads::time(options),
