@@ -15,7 +15,7 @@ use lathe_api::client::{Client, ClientIdentity, ClientOptions};
 use lathe_api::gpu::Gpu;
 use lathe_api::job::{IsolationClass, Job, JobSpec, TaskExit, TaskState};
 use lathe_api::node::{Cpus, Inventory, JoinRequest, LogLine, LogStream, NodeReport, SandboxStatus};
-use lathe_api::sandbox::{Desired, NodeDesired, SandboxSpec};
+use lathe_api::sandbox::{Desired, DesiredUpdate, NodeDesired, SandboxSpec};
 use lathe_api::token::{TokenKind, TokenRequest};
 use lathe_coordinator::coordinator::{Coordinator, Options};
 use lathe_coordinator::init::{InitOptions, Initialized, init};
@@ -297,10 +297,9 @@ impl Drop for FakeAgent {
 async fn watch(client: Client, state: Arc<Mutex<AgentState>>, alive: CancellationToken) {
     let follow = async {
         loop {
-            let after = state.lock().expect("no panic").desired.as_ref().map(|desired| desired.revision);
-            if let Ok(mut stream) = client.watch_desired(after).await {
-                while let Some(Ok(desired)) = stream.next().await {
-                    state.lock().expect("no panic").take(desired);
+            if let Ok(mut stream) = client.watch_desired().await {
+                while let Some(Ok(update)) = stream.next().await {
+                    state.lock().expect("no panic").take(update);
                 }
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -315,9 +314,8 @@ async fn watch(client: Client, state: Arc<Mutex<AgentState>>, alive: Cancellatio
 impl AgentState {
     /// What an agent does: start what should run and is not known, stop what should stop, forget
     /// what is not desired.
-    fn take(&mut self, mut desired: NodeDesired) {
-        let before = self.desired.take().and_then(|before| before.network);
-        desired.network = desired.network.or(before);
+    fn take(&mut self, update: DesiredUpdate) {
+        let desired = NodeDesired::follow(self.desired.take(), update).expect("built on what was told");
         self.sandboxes.retain(|id, _| desired.sandboxes.iter().any(|spec| spec.id == *id));
         for spec in &desired.sandboxes {
             match (self.sandboxes.get_mut(&spec.id), spec.desired) {
