@@ -10,6 +10,7 @@
 //! - [`operate`]: what operators do; [`audit`]: what they did.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
 //!   jobs wait; [`remedy`]: what would help; [`dry_run`]: what would become of a job.
+//! - [`usage`]: what tenants had, kept over restarts.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
 //! - [`blobs`] and [`logs`]: content and output, in files beside the store.
 //! - [`init`]: makes a cluster.
@@ -47,3 +48,4 @@ pub mod store;
 pub mod submit;
 pub mod suspicion;
 pub mod tokens;
+pub mod usage;

@@ -13,6 +13,7 @@
 //! | `images/NAME`, `datasets/NAME` | [`Owned`] image or dataset |
 //! | `tokens/ID` | [`TokenRecord`] |
 //! | `pools/NAME`, `tenants/NAME` | [`Pool`](lathe_api::pool::Pool), [`Tenant`](lathe_api::pool::Tenant), as they were set |
+//! | `usage` | [`UsageRecord`](crate::usage::UsageRecord): what tenants had |
 //! | `operations/NODE` | [`Operations`]: what operators want of a node |
 //! | `audit/SLOT` | [`AuditEntry`](lathe_api::scheduling::AuditEntry): a ring of what operators did |
 //! | `audit-sequence` | how much they did |
@@ -64,6 +65,8 @@ pub const TOKENS: &str = "tokens/";
 pub const POOLS: &str = "pools/";
 /// Prefix of tenants.
 pub const TENANTS: &str = "tenants/";
+/// Key of what tenants had.
+pub const USAGE: &str = "usage";
 /// Prefix of what operators want of nodes.
 pub const OPERATIONS: &str = "operations/";
 /// Prefix of what operators did.
@@ -224,6 +227,17 @@ impl JobRecord {
             self.decisions.remove(FIRST_DECISIONS);
         }
         self.decisions.push(decision);
+    }
+
+    /// The same, unless it was said of this attempt already.
+    pub fn decide_once(&mut self, kind: DecisionKind, by: DecidedBy, why: &str, now_ms: u64) -> bool {
+        let attempt = self.job.attempt;
+        let said = |one: &Decision| one.attempt == attempt && one.kind == kind && one.why == why;
+        if self.decisions.iter().any(said) {
+            return false;
+        }
+        self.decide(kind, by, why, now_ms);
+        true
     }
 }
 
