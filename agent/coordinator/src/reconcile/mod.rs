@@ -17,6 +17,8 @@ pub mod model;
 mod nodes;
 mod place;
 mod planning;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use jobs::fresh_tasks;
 
