@@ -130,7 +130,7 @@ impl Contents {
             touched.nodes.insert(node.to_owned());
         } else if let Some(node) = key.strip_prefix(NODES) {
             let record = read::<NodeRecord>(key, value, revision);
-            let before = self.nodes.get(node).map(|record| Arc::clone(record));
+            let before = self.nodes.get(node).cloned();
             let (before, after) = (before.as_ref().map(|record| &record.value), record.as_ref());
             if self.reroute(before, after.map(|record| &record.value), revision) {
                 touched.desired.insert(node.to_owned());

@@ -54,9 +54,9 @@ impl Refused {
     /// What came of one of the same shape that ended no later.
     fn same(&self, shape: u32, class: impl Fn() -> u64) -> Option<&Outcome> {
         let RefusedShape { tried, easier } = &self.shapes[shape as usize];
-        let known = tried.iter().chain(easier);
+        let mut known = tried.iter().chain(easier);
         // Everything ends after nothing: the class of this one need not be known then.
-        known.into_iter().find(|(failed, _)| *failed == 0 || class() >= *failed).map(|(_, outcome)| outcome)
+        known.find(|(failed, _)| *failed == 0 || class() >= *failed).map(|(_, outcome)| outcome)
     }
 
     /// The class of one of the same family that is easier to place and ended no later.
