@@ -1,45 +1,41 @@
 //! What the coordinator wants of a node: assignments and their jobs put together.
 //!
-//! A pure function of the records, so that it can be computed again after every change and compared
+//! Pure functions of the records, so that they can be computed again after every change and compared
 //! with what the node was last told.
 
 use std::collections::BTreeSet;
 
 use lathe_api::job::{Job, TaskState};
-use lathe_api::sandbox::{NodeDesired, NodeNetwork, Route, SandboxDataset, SandboxSpec, TenantAddresses};
+use lathe_api::sandbox::{
+    NetworkChanges, NodeNetwork, Route, SandboxDataset, SandboxSpec, TenantAddresses, TenantChanges,
+};
 use lathe_api::service::{Backend, NodeService, ServiceState};
 
 use crate::policy;
 use crate::records::{Assignment, JobRecord};
 use crate::services::ServiceRecord;
 use crate::state::Contents;
+use crate::store::Revision;
 
 /// Port rank 0 listens on; torchrun's default.
 const MASTER_PORT: u16 = 29500;
 
-/// What should be on a node, without its network; none if it is not registered.
-pub fn node_desired(contents: &Contents, node: &str) -> Option<NodeDesired> {
+/// The sandboxes that should be on a node; none if it is not registered.
+pub fn sandboxes(contents: &Contents, node: &str) -> Option<Vec<SandboxSpec>> {
     contents.nodes.get(node)?;
     let sandboxes = contents.assigned(node).filter_map(|(sandbox, assignment)| {
         let job = contents.jobs.get(&assignment.value.job)?;
         sandbox_spec(contents, &job.value, &assignment.value, node, sandbox)
     });
-    Some(NodeDesired {
-        revision: contents.revision,
-        network: None,
-        services: None,
-        sandboxes: sandboxes.collect(),
-    })
+    Some(sandboxes.collect())
 }
 
 /// What the sandboxes' network looks like from a node; none if it is not registered.
-pub fn node_network(contents: &Contents, node: &str) -> Option<NodeNetwork> {
+pub fn network(contents: &Contents, node: &str) -> Option<NodeNetwork> {
     let subnet = contents.nodes.get(node)?.value.subnet.clone();
     // Also nodes that are lost: they may be back any moment, with the same subnet.
-    let others = contents.nodes.iter().filter(|(name, of)| *name != node && !of.value.address.is_empty());
-    let routes = others
-        .map(|(_, of)| Route { subnet: of.value.subnet.clone(), via: of.value.address.clone() })
-        .collect();
+    let others = contents.routes.iter().filter(|(of, _)| **of != subnet);
+    let routes = others.map(|(subnet, via)| Route { subnet: subnet.clone(), via: via.clone() }).collect();
     let tenants = tenants_on(contents, node)
         .into_iter()
         .filter_map(|tenant| {
@@ -100,21 +96,75 @@ pub fn backend(record: &JobRecord) -> Option<Backend> {
     })
 }
 
-/// What [`node_network`] is made of, as far as it takes to see that it changed.
+/// How far a node knows its network. What it was told is not kept: a thousand nodes that each know of
+/// a thousand would be a million routes.
 #[derive(Debug, PartialEq, Eq)]
-pub struct NetworkBasis {
-    /// The commit that last changed a route or an address of these tenants.
-    changed: u64,
-    /// Those with sandboxes on the node: one that leaves takes its addresses with it, although none of
+pub struct NetworkKnown {
+    /// The commit that it was told of last.
+    revision: Revision,
+    /// Tenants that it was told of: one that leaves the node has to be taken back, although nothing of
     /// the others changed.
     tenants: BTreeSet<String>,
 }
 
-/// What [`node_network`] would be made of.
-pub fn network_basis(contents: &Contents, node: &str) -> NetworkBasis {
-    let tenants = tenants_on(contents, node);
-    let changed = contents.routes_changed.max(contents.addresses_changed(tenants.iter().copied()));
-    NetworkBasis { changed, tenants: tenants.into_iter().map(str::to_owned).collect() }
+impl NetworkKnown {
+    /// Once a node was told [`network`].
+    pub fn now(contents: &Contents, node: &str) -> Self {
+        let tenants = tenants_on(contents, node).into_iter().map(str::to_owned).collect();
+        Self { revision: contents.revision, tenants }
+    }
+
+    /// Whether there is nothing to tell.
+    pub fn is_current(&self, contents: &Contents, node: &str) -> bool {
+        let tenants = tenants_on(contents, node);
+        let changed = |tenant: &&str| {
+            contents.addresses_changed(tenant).is_some_and(|changes| changes.last() > self.revision)
+        };
+        contents.routes_changed.last() <= self.revision
+            && tenants.iter().copied().eq(self.tenants.iter().map(String::as_str))
+            && !tenants.iter().any(changed)
+    }
+
+    /// What is different now of the network that the node knows; none if that is no longer known, and all
+    /// has to be told again.
+    pub fn changes(&self, contents: &Contents, node: &str) -> Option<NetworkChanges> {
+        let own = &contents.nodes.get(node)?.value.subnet;
+        let mut changes = NetworkChanges::default();
+        for subnet in contents.routes_changed.since(self.revision)?.into_iter().filter(|one| *one != own) {
+            match contents.routes.get(subnet) {
+                Some(via) => {
+                    changes.routes.push(Route { subnet: subnet.to_owned(), via: via.clone() });
+                }
+                None => changes.routes_gone.push(subnet.to_owned()),
+            }
+        }
+        let tenants = tenants_on(contents, node);
+        let gone = self.tenants.iter().filter(|tenant| !tenants.contains(tenant.as_str()));
+        changes.tenants_gone = gone.cloned().collect();
+        for tenant in tenants {
+            let different = self.tenant_changes(contents, tenant)?;
+            if !different.came.is_empty() || !different.went.is_empty() {
+                changes.tenants.push(different);
+            }
+        }
+        Some(changes)
+    }
+
+    fn tenant_changes(&self, contents: &Contents, tenant: &str) -> Option<TenantChanges> {
+        let none = BTreeSet::new();
+        let addresses = contents.addresses.get(tenant).unwrap_or(&none);
+        let mut changes = TenantChanges { tenant: tenant.to_owned(), ..TenantChanges::default() };
+        if !self.tenants.contains(tenant) {
+            changes.came = addresses.iter().cloned().collect();
+            return Some(changes);
+        }
+        let Some(changed) = contents.addresses_changed(tenant) else { return Some(changes) };
+        for address in changed.since(self.revision)? {
+            let list = if addresses.contains(address) { &mut changes.came } else { &mut changes.went };
+            list.push(address.to_owned());
+        }
+        Some(changes)
+    }
 }
 
 fn tenants_on<'a>(contents: &'a Contents, node: &str) -> BTreeSet<&'a str> {

@@ -12,6 +12,7 @@
 //! - [`services`]: work that stays up, and how many replicas it needs.
 //! - [`reconcile`]: the loop between the two, which plans with `lathe-scheduler`. [`explain`]: why
 //!   jobs wait; [`remedy`]: what would help; [`dry_run`]: what would become of a job.
+//! - [`usage`]: what tenants had, kept over restarts.
 //! - [`desired`]: what a node is told. [`network`]: addresses.
 //! - [`blobs`] and [`logs`]: content and output, in files beside the store.
 //! - [`init`]: makes a cluster.
@@ -51,3 +52,4 @@ pub mod store;
 pub mod submit;
 pub mod suspicion;
 pub mod tokens;
+pub mod usage;

@@ -11,6 +11,7 @@ use lathe_api::artefact::Digest;
 use lathe_api::job::{Task, TaskState};
 use lathe_api::node::{NodeReport, NodeState, SandboxStatus};
 use lathe_api::sandbox::Desired;
+use lathe_api::scheduling::{DecidedBy, DecisionKind};
 
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
@@ -240,6 +241,18 @@ impl Changes {
         }
     }
 
+    /// The node did not start the sandbox, which is a part of the job's history.
+    fn refused(&mut self, sandbox: &str, why: &str) {
+        let why = format!("node {}: {why}", self.node);
+        if let Some(assignment) = self.assignments.get(sandbox)
+            && let Some(record) = self.jobs.get_mut(&assignment.value.job)
+        {
+            let record = &mut Arc::make_mut(record).value;
+            record.decide_once(DecisionKind::Refused, DecidedBy::Failure, &why, now_ms());
+            self.touch(sandbox);
+        }
+    }
+
     fn touch(&mut self, sandbox: &str) {
         if let Some(assignment) = self.assignments.get(sandbox)
             && !self.changed_jobs.contains(&assignment.value.job)
@@ -411,6 +424,9 @@ fn fold_status(changes: &mut Changes, status: &SandboxStatus) -> Result<Option<S
                 _ => None,
             };
             changes.set_task(&status.id, next);
+            if let Some(StartOutcome { refused: Some(why), .. }) = &start {
+                changes.refused(&status.id, why);
+            }
         }
     }
     if status.state.is_terminal() {

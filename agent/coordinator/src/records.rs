@@ -16,6 +16,7 @@
 //! | `tokens/ID` | [`TokenRecord`] |
 //! | `pools/NAME`, `tenants/NAME` | [`Pool`](lathe_api::pool::Pool), [`Tenant`](lathe_api::pool::Tenant), as they were set |
 //! | `fleets/POOL` | [`Fleet`](crate::provider::fleet::Fleet): what the pool's provider was asked for and made |
+//! | `usage` | [`UsageRecord`](crate::usage::UsageRecord): what tenants had |
 //! | `operations/NODE` | [`Operations`]: what operators want of a node |
 //! | `audit/SLOT` | [`AuditEntry`](lathe_api::scheduling::AuditEntry): a ring of what operators did |
 //! | `audit-sequence` | how much they did |
@@ -75,6 +76,8 @@ pub const POOLS: &str = "pools/";
 pub const FLEETS: &str = "fleets/";
 /// Prefix of tenants.
 pub const TENANTS: &str = "tenants/";
+/// Key of what tenants had.
+pub const USAGE: &str = "usage";
 /// Prefix of what operators want of nodes.
 pub const OPERATIONS: &str = "operations/";
 /// Prefix of what operators did.
@@ -235,6 +238,17 @@ impl JobRecord {
     pub fn decide(&mut self, kind: DecisionKind, by: DecidedBy, why: impl Into<String>, now_ms: u64) {
         let decision = Decision { time_ms: now_ms, attempt: self.job.attempt, kind, by, why: why.into() };
         remember(&mut self.decisions, decision);
+    }
+
+    /// The same, unless it was said of this attempt already.
+    pub fn decide_once(&mut self, kind: DecisionKind, by: DecidedBy, why: &str, now_ms: u64) -> bool {
+        let attempt = self.job.attempt;
+        let said = |one: &Decision| one.attempt == attempt && one.kind == kind && one.why == why;
+        if self.decisions.iter().any(said) {
+            return false;
+        }
+        self.decide(kind, by, why, now_ms);
+        true
     }
 }
 

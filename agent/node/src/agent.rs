@@ -311,17 +311,16 @@ async fn watch_desired(
 ) {
     let mut backoff = Backoff::default();
     loop {
-        let after = sender.borrow().as_ref().map(|desired: &NodeDesired| desired.revision);
-        match client.watch_desired(after).await {
+        match client.watch_desired().await {
             Ok(mut stream) => {
                 while let Some(next) = stream.next().await {
                     match next {
-                        Ok(mut desired) => {
-                            // Told only when it changed.
-                            if let Some(before) = sender.borrow().as_ref() {
-                                desired.network = desired.network.or_else(|| before.network.clone());
-                                desired.services = desired.services.or_else(|| before.services.clone());
-                            }
+                        Ok(update) => {
+                            let before = sender.borrow().clone();
+                            let Some(desired) = NodeDesired::follow(before, update) else {
+                                tracing::warn!("the coordinator builds on what it never told");
+                                break;
+                            };
                             backoff = Backoff::default();
                             if let Err(error) = files::write_json(&last_desired(&host.paths), &desired) {
                                 tracing::warn!(%error, "the network will not be known after a restart");

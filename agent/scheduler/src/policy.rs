@@ -11,6 +11,14 @@ pub struct Settings {
     pub tenants: Vec<Tenant>,
 }
 
+impl Settings {
+    /// Whether anybody has a limit.
+    pub fn limits(&self) -> bool {
+        let quotas = self.pools.iter().map(|pool| &pool.quota);
+        quotas.chain(self.tenants.iter().map(|tenant| &tenant.quota)).any(|quota| quota.limit.is_some())
+    }
+}
+
 /// A named part of the cluster.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pool {
@@ -106,6 +114,13 @@ pub enum Queue {
     FairShare,
     /// The one of highest priority, then the one that came first.
     Priority,
+}
+
+impl Queue {
+    /// Whether the order depends on how long gangs will run.
+    pub fn looks_at_estimates(self) -> bool {
+        matches!(self, Self::ShortestJobFirst | Self::HighestResponseRatioNext)
+    }
 }
 
 /// What may go before a gang that waits.

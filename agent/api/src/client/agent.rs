@@ -7,7 +7,7 @@ use reqwest::Method;
 
 use super::{Client, ClientError, lines};
 use crate::node::{JoinRequest, JoinResponse, LogBatch, NodeReport};
-use crate::sandbox::NodeDesired;
+use crate::sandbox::DesiredUpdate;
 
 /// A report that takes longer is worth less than the next one.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -24,18 +24,13 @@ impl Client {
         self.send(request).await.map(drop)
     }
 
-    /// `GET /v1/agent/desired`: at once if the revision differs from `after` (or there is none),
-    /// then after every change. The stream goes on until the connection breaks.
+    /// `GET /v1/agent/desired`: all of it at once, then after every change the parts that changed. The
+    /// stream goes on until the connection breaks; another one begins anew.
     pub async fn watch_desired(
         &self,
-        after: Option<u64>,
-    ) -> Result<impl Stream<Item = Result<NodeDesired, ClientError>> + Send + Unpin + use<>, ClientError>
+    ) -> Result<impl Stream<Item = Result<DesiredUpdate, ClientError>> + Send + Unpin + use<>, ClientError>
     {
-        let path = match after {
-            Some(revision) => format!("/v1/agent/desired?after={revision}"),
-            None => "/v1/agent/desired".to_owned(),
-        };
-        let response = self.send(self.request(Method::GET, &path)).await?;
+        let response = self.send(self.request(Method::GET, "/v1/agent/desired")).await?;
         Ok(lines::decode(self.clone(), response))
     }
 

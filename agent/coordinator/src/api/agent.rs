@@ -1,28 +1,25 @@
 //! What agents call: join, report, desired state, logs.
 
-#![allow(unused_qualifications, reason = "utoipa's macro qualifies the query's type")]
-
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use lathe_api::node::{JoinRequest, JoinResponse, LogBatch, LogLine, NodeReport};
 use lathe_api::problem::Problem;
-use lathe_api::sandbox::{NodeDesired, NodeNetwork};
+use lathe_api::sandbox::{DesiredUpdate, NetworkChanges, SandboxSpec};
 use lathe_api::service::NodeService;
 use lathe_api::token::TokenKind;
-use serde::Deserialize;
-use utoipa::IntoParams;
 
 use super::error::ApiError;
 use super::extract::{AgentNode, Json};
 use super::stream::{Gone, Lines, json_lines};
 use crate::clock::now_ms;
 use crate::coordinator::Coordinator;
+use crate::desired::NetworkKnown;
 use crate::logs::LogFile;
 use crate::records::{ASSIGNMENTS, Assignment, load};
 use crate::state::Contents;
@@ -87,85 +84,67 @@ fn take_loads(coordinator: &Coordinator, node: &str, report: &NodeReport) {
     }
 }
 
-/// Where to go on from.
-#[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-pub struct DesiredQuery {
-    /// The revision the agent has; absent for the state at once.
-    after: Option<u64>,
-}
-
-/// Streams the node's desired state as JSON lines: at once if it is not at `after`, then after
-/// every change.
-#[utoipa::path(get, path = "/v1/agent/desired", tag = "agent", params(DesiredQuery),
-    responses((status = 200, body = NodeDesired, content_type = "application/jsonl"),
+/// Streams the node's desired state as JSON lines: all of it at once, then after every change the
+/// parts that changed.
+#[utoipa::path(get, path = "/v1/agent/desired", tag = "agent",
+    responses((status = 200, body = DesiredUpdate, content_type = "application/jsonl"),
               (status = "4XX", body = Problem)))]
 pub async fn desired_state(
     State(coordinator): State<Arc<Coordinator>>,
     AgentNode(node): AgentNode,
-    Query(query): Query<DesiredQuery>,
 ) -> Response {
     let shared = Arc::clone(&coordinator);
     json_lines(&coordinator, move |lines| async move {
         // A reader that has gone needs no more.
-        let _ = watch_desired(&shared, &node, query.after, &lines).await;
+        let _ = watch_desired(&shared, &node, &lines).await;
     })
 }
 
-/// How often a node is told at most that only its network changed, and by how much that grows with
-/// each route and address there is to tell: every node and task anywhere changes it, and a thousand nodes hear of it.
+/// How often a node is told at most that its network changed, and by how much the next time is put off for
+/// each route and address that it was told: every node and task anywhere changes it, and a thousand nodes
+/// hear of it.
 const NETWORK_INTERVAL: Duration = Duration::from_secs(1);
-const NETWORK_INTERVAL_EACH: Duration = Duration::from_millis(4);
+const NETWORK_INTERVAL_EACH: Duration = Duration::from_millis(1);
+/// Whatever changes, it is told of it after this time.
+const NETWORK_INTERVAL_MAX: Duration = Duration::from_secs(30);
 
-async fn watch_desired(
-    coordinator: &Coordinator,
-    node: &str,
-    after: Option<u64>,
-    lines: &Lines,
-) -> Result<(), Gone> {
+async fn watch_desired(coordinator: &Coordinator, node: &str, lines: &Lines) -> Result<(), Gone> {
     let view = &coordinator.view;
     let mut changed = view.watch_desired(node);
-    let mut told: Option<NodeDesired> = None;
-    let mut network: Option<NodeNetwork> = None;
-    let mut network_of = None;
-    let mut network_due = Instant::now();
+    let mut told: Option<Vec<SandboxSpec>> = None;
+    let mut look_at_sandboxes = true;
+    let mut network = NetworkTold { known: None, due: Instant::now() };
     let mut services = ServicesTold::default();
     loop {
+        look_at_sandboxes |= changed.has_changed().unwrap_or(true);
         changed.mark_unchanged();
-        let (now, basis) = view
-            .read(|contents| (desired::node_desired(contents, node), desired::network_basis(contents, node)));
-        let Some(mut now) = now else { return Ok(()) };
-        now.services = view.read(|contents| services.news(contents, node));
-        if network_of.as_ref() != Some(&basis) && Instant::now() >= network_due {
-            let next = view.read(|contents| desired::node_network(contents, node));
-            network_of = Some(basis);
-            if next != network {
-                let length = |of: &NodeNetwork| {
-                    of.routes.len() + of.tenants.iter().map(|of| of.addresses.len()).sum::<usize>()
-                };
-                let addresses = next.as_ref().map_or(0, length);
-                let addresses = u32::try_from(addresses).unwrap_or(u32::MAX);
-                network_due = Instant::now() + NETWORK_INTERVAL + NETWORK_INTERVAL_EACH * addresses;
-                now.network.clone_from(&next);
-                network = next;
+        let update = view.read(|contents| {
+            let mut update = DesiredUpdate { revision: contents.revision, ..DesiredUpdate::default() };
+            if look_at_sandboxes {
+                let sandboxes = desired::sandboxes(contents, node)?;
+                update.sandboxes = Some(sandboxes).filter(|now| told.as_ref() != Some(now));
             }
+            network.update(contents, node, &mut update);
+            update.services = services.news(contents, node);
+            Some(update)
+        });
+        let Some(update) = update else { return Ok(()) };
+        if update != (DesiredUpdate { revision: update.revision, ..DesiredUpdate::default() }) {
+            lines.send(&update).await?;
         }
-        let known = match &told {
-            Some(told) => now.network.is_none() && now.services.is_none() && told.sandboxes == now.sandboxes,
-            // Who comes again may have gone before it was told of the network at that revision.
-            None => now.network.is_none() && now.services.is_none() && after == Some(now.revision),
-        };
-        if !known {
-            lines.send(&now).await?;
-        }
-        told = Some(NodeDesired { network: None, services: None, ..now });
+        told = update.sandboxes.or(told);
         let network_timer =
-            tokio::time::sleep_until(network_due.max(Instant::now() + NETWORK_INTERVAL).into());
-        tokio::select! {
-            changed = changed.changed() => if changed.is_err() { return Ok(()) },
-            () = network_timer => {}
+            tokio::time::sleep_until(network.due.max(Instant::now() + NETWORK_INTERVAL).into());
+        look_at_sandboxes = tokio::select! {
+            changed = changed.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                true
+            }
+            () = network_timer => false,
             () = lines.closed() => return Ok(()),
-        }
+        };
     }
 }
 
@@ -188,6 +167,43 @@ impl ServicesTold {
         self.told = Some(services.clone());
         Some(services)
     }
+}
+
+/// How far a node was told its network, and when it may be told of it again.
+struct NetworkTold {
+    known: Option<NetworkKnown>,
+    due: Instant,
+}
+
+impl NetworkTold {
+    /// Adds what there is to tell now.
+    fn update(&mut self, contents: &Contents, node: &str, update: &mut DesiredUpdate) {
+        let now = Instant::now();
+        if now < self.due || self.known.as_ref().is_some_and(|known| known.is_current(contents, node)) {
+            return;
+        }
+        let changes = self.known.as_ref().and_then(|known| known.changes(contents, node));
+        let length = match changes {
+            Some(changes) => {
+                let length = length(&changes);
+                update.network_changes = Some(changes).filter(|_| length > 0);
+                length
+            }
+            None => {
+                update.network = desired::network(contents, node);
+                update.network.as_ref().map_or(0, |network| network.routes.len())
+            }
+        };
+        self.known = Some(NetworkKnown::now(contents, node));
+        let each = NETWORK_INTERVAL_EACH * u32::try_from(length).unwrap_or(u32::MAX);
+        self.due = now + (NETWORK_INTERVAL + each).min(NETWORK_INTERVAL_MAX);
+    }
+}
+
+/// Routes, addresses and tenants that are told.
+fn length(changes: &NetworkChanges) -> usize {
+    let addresses: usize = changes.tenants.iter().map(|tenant| tenant.came.len() + tenant.went.len()).sum();
+    changes.routes.len() + changes.routes_gone.len() + changes.tenants_gone.len() + addresses
 }
 
 /// Stores output of the node's sandboxes. Lines stored before are skipped.

@@ -19,6 +19,8 @@ mod nodes;
 mod place;
 mod planning;
 mod services;
+#[cfg(test)]
+mod tests;
 
 #[cfg(test)]
 pub(crate) use jobs::advance;
@@ -59,15 +61,18 @@ pub async fn run(coordinator: Arc<Coordinator>) {
         coordinator.metrics.reconciliations.add(1);
         coordinator.metrics.reconcile_us.add(u64::try_from(spent.as_micros()).unwrap_or(u64::MAX));
         tokio::select! {
-            () = coordinator.shutdown.cancelled() => return,
+            () = coordinator.shutdown.cancelled() => break,
             () = tokio::time::sleep(spent.clamp(PAUSE_MIN, PAUSE_MAX)) => {}
         }
         tokio::select! {
-            () = coordinator.shutdown.cancelled() => return,
+            () = coordinator.shutdown.cancelled() => break,
             () = coordinator.changed.notified() => {}
             () = coordinator.view.news() => {}
             () = tokio::time::sleep(INTERVAL) => {}
         }
+    }
+    if let Err(error) = planning.save_usage(&coordinator).await {
+        tracing::error!(%error, "what tenants had lately is forgotten");
     }
 }
 

@@ -49,12 +49,14 @@ pub(super) async fn start(
         });
         let (group, later) = rest.split_at(count.count());
         rest = later;
-        if commit(coordinator, model, group, now_ms).await? {
+        if commit(coordinator, model, group, now_ms).await?.is_ok() {
             continue;
         }
         for start in group {
-            if group.len() > 1 && commit(coordinator, model, std::slice::from_ref(start), now_ms).await? {
-                continue;
+            let alone = commit(coordinator, model, std::slice::from_ref(start), now_ms).await?;
+            let Err(broken) = alone else { continue };
+            if let Broken::Node(why) = broken {
+                refused(coordinator, &start.gang.id, &why, now_ms).await?;
             }
             conflicts.jobs.insert(start.gang.id.clone());
             let nodes = start.tasks.iter().map(|task| model.cluster.nodes()[task.node as usize].name.clone());
@@ -64,13 +66,37 @@ pub(super) async fn start(
     Ok(conflicts)
 }
 
-/// Commits these starts together; false if one of them no longer holds, and nothing was written then.
+/// Why a start no longer holds.
+#[derive(Debug)]
+enum Broken {
+    /// The job does not wait any more.
+    Job,
+    /// A node does not take it.
+    Node(String),
+    /// Something changed at the same moment.
+    Raced,
+}
+
+/// Writes down that a node did not take what had been planned for it.
+async fn refused(coordinator: &Coordinator, job: &str, why: &str, now_ms: u64) -> Result<(), StoreError> {
+    let Some(record) = coordinator.view.read(|contents| contents.jobs.get(job).cloned()) else {
+        return Ok(());
+    };
+    let mut next = record.value.clone();
+    if next.decide_once(DecisionKind::Refused, DecidedBy::Failure, why, now_ms) {
+        // Whoever changed the job meanwhile knows better what became of it.
+        jobs::commit(coordinator, &record, &next).await?;
+    }
+    Ok(())
+}
+
+/// Commits these starts together, or says why one of them no longer holds, and nothing was written then.
 async fn commit(
     coordinator: &Coordinator,
     model: &Model,
     starts: &[Start],
     now_ms: u64,
-) -> Result<bool, StoreError> {
+) -> Result<Result<(), Broken>, StoreError> {
     let live = coordinator.live().clone();
     let group = coordinator.view.read(|contents| {
         let mut group = Group {
@@ -81,14 +107,17 @@ async fn commit(
             transaction: Transaction::default(),
         };
         for start in starts {
-            if let Err(why) = group.stage(start, now_ms)? {
-                tracing::debug!(job = start.gang.id, why, "a start no longer holds");
-                return Ok::<_, StoreError>(None);
+            if let Err(broken) = group.stage(start, now_ms)? {
+                tracing::debug!(job = start.gang.id, ?broken, "a start no longer holds");
+                return Ok::<_, StoreError>(Err(broken));
             }
         }
-        group.finish().map(Some)
+        group.finish().map(Ok)
     })?;
-    let Some(transaction) = group else { return Ok(false) };
+    let transaction = match group {
+        Ok(transaction) => transaction,
+        Err(broken) => return Ok(Err(broken)),
+    };
     match coordinator.store.commit(transaction).await? {
         Outcome::Committed(revision) => {
             coordinator.view.reached(revision).await;
@@ -100,11 +129,11 @@ async fn commit(
                     "gang placed"
                 );
             }
-            Ok(true)
+            Ok(Ok(()))
         }
         Outcome::Conflict { .. } => {
             coordinator.view.catch_up(&*coordinator.store).await?;
-            Ok(false)
+            Ok(Err(Broken::Raced))
         }
     }
 }
@@ -121,10 +150,10 @@ struct Group<'a> {
 
 impl<'a> Group<'a> {
     /// Checks one start and adds it, or says why it does not hold.
-    fn stage(&mut self, start: &Start, now_ms: u64) -> Result<Result<(), String>, StoreError> {
+    fn stage(&mut self, start: &Start, now_ms: u64) -> Result<Result<(), Broken>, StoreError> {
         let id = &start.gang.id;
         let Some(record) = self.contents.jobs.get(id).filter(|record| waits(&record.value)) else {
-            return Ok(Err("the job does not wait any more".to_owned()));
+            return Ok(Err(Broken::Job));
         };
         let mut next = record.value.clone();
         let size = u32::try_from(start.tasks.len()).unwrap_or(u32::MAX);
@@ -138,7 +167,7 @@ impl<'a> Group<'a> {
         next.job.reason.clone_from(&next.restart_reason);
         for (rank, place) in start.tasks.iter().enumerate() {
             if let Err(why) = self.stage_task(&mut next, rank, place)? {
-                return Ok(Err(why));
+                return Ok(Err(Broken::Node(why)));
             }
         }
         next.decide(DecisionKind::Placed, DecidedBy::Policy, start.why.clone(), now_ms);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lathe_scheduler::planner::Usage;
 use lathe_scheduler::{Gang, Plan, Planner};
 
 use super::model::Model;
@@ -12,6 +13,7 @@ use crate::dry_run::Moment;
 use crate::records::{ENDED_JOBS, JobRecord, decode};
 use crate::state::Unseen;
 use crate::store::StoreError;
+use crate::usage::Kept;
 
 /// How long what is planned holds although nothing changed: times pass for policies that look at them.
 const REPLAN_MS: u64 = 5_000;
@@ -29,7 +31,10 @@ pub struct Planning {
     planner: Option<Planner>,
     /// Jobs that ended by themselves, oldest first, with how long they ran.
     history: std::collections::VecDeque<(Arc<Gang>, u64)>,
-    history_read: bool,
+    /// What is written of what tenants had; none before it was read, with the history.
+    kept: Option<Kept>,
+    /// What the next planner goes on from.
+    usage: Usage,
     planned_ms: u64,
 }
 
@@ -44,17 +49,34 @@ impl Planning {
         unseen: Unseen,
         succeeded: &[JobRecord],
     ) -> Result<(), StoreError> {
-        if !self.history_read {
-            self.read_history(coordinator).await?;
+        let Some((plan, now)) = self.plan(coordinator, unseen, succeeded).await? else { return Ok(()) };
+        self.carry_out(coordinator, plan, now).await?;
+        if self.kept.as_ref().is_some_and(|kept| kept.is_due(now)) {
+            self.save_usage(coordinator).await?;
         }
+        Ok(())
+    }
+
+    /// Plans with what is true now, and says when that was; none if nothing changed.
+    pub(super) async fn plan(
+        &mut self,
+        coordinator: &Arc<Coordinator>,
+        unseen: Unseen,
+        succeeded: &[JobRecord],
+    ) -> Result<Option<(Plan, u64)>, StoreError> {
         let now = now_ms();
+        if self.kept.is_none() {
+            self.read_history(coordinator).await?;
+            let (kept, usage) = Kept::load(&*coordinator.store, now).await?;
+            (self.kept, self.usage) = (Some(kept), usage);
+        }
         for record in succeeded {
             self.learn(record);
         }
         let unseen = with_recovered(coordinator, unseen, now);
         let dry_run = coordinator.dry_runs.take();
         if dry_run.is_none() && unseen.is_empty() && now.saturating_sub(self.planned_ms) < REPLAN_MS {
-            return Ok(());
+            return Ok(None);
         }
         let live = coordinator.live().clone();
         coordinator.view.read(|contents| self.model.sync(contents, &live, &unseen, now));
@@ -76,7 +98,19 @@ impl Planning {
             reason: error.to_string(),
         })?;
         *self = moved;
-        self.carry_out(coordinator, plan, now).await
+        Ok(Some((plan, now)))
+    }
+
+    /// Writes down what tenants had, for the coordinator that comes next.
+    pub(super) async fn save_usage(&mut self, coordinator: &Coordinator) -> Result<(), StoreError> {
+        let (Some(kept), Some(planner)) = (&mut self.kept, &self.planner) else { return Ok(()) };
+        kept.save(&*coordinator.store, planner.usage(), now_ms()).await
+    }
+
+    /// A node's name, by its number in plans.
+    #[cfg(test)]
+    pub(super) fn node_name(&self, node: u32) -> &str {
+        &self.model.cluster.nodes()[node as usize].name
     }
 
     fn cycle(&mut self, now_ms: u64) -> Plan {
@@ -87,7 +121,8 @@ impl Planning {
         }
     }
 
-    async fn carry_out(
+    /// Commits what was planned, as far as it still holds.
+    pub(super) async fn carry_out(
         &mut self,
         coordinator: &Arc<Coordinator>,
         plan: Plan,
@@ -111,7 +146,11 @@ impl Planning {
         if self.planner.as_ref().is_some_and(|planner| *planner.settings() == self.model.settings) {
             return;
         }
+        if let Some(planner) = &self.planner {
+            self.usage = planner.usage();
+        }
         let mut planner = Planner::new(self.model.settings.clone(), SEED);
+        planner.restore(&self.usage);
         for (gang, ran_ms) in &self.history {
             planner.ended(gang, *ran_ms);
         }
@@ -158,7 +197,6 @@ impl Planning {
         }
         keep_latest(&mut found);
         self.history = found.into_iter().map(|(_, gang, ran_ms)| (gang, ran_ms)).collect();
-        self.history_read = true;
         Ok(())
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use lathe_api::pool::{DEFAULT_POOL, Pool, Tenant};
 use serde::de::DeserializeOwned;
 
+use super::changes::Changes;
 use crate::desired;
 use crate::policy::Pools;
 use crate::records::{
@@ -46,14 +47,16 @@ pub struct Contents {
     pub pools: BTreeMap<String, Versioned<Pool>>,
     /// As they were set.
     pub tenants: BTreeMap<String, Versioned<Tenant>>,
+    /// Nodes' subnets, with the address that each is behind.
+    pub routes: BTreeMap<String, String>,
+    /// Subnets of which that changed.
+    pub routes_changed: Changes,
     /// Addresses of each tenant's sandboxes.
     pub addresses: BTreeMap<String, BTreeSet<String>>,
+    /// By tenant: those that came or went.
+    addresses_changed: HashMap<String, Changes>,
     /// The other way round: sandbox to tenant and address.
     sandboxes: HashMap<String, (String, String)>,
-    /// The commit that last changed a tenant's addresses.
-    tenants_changed: HashMap<String, Revision>,
-    /// The commit that last changed a node's subnet or address.
-    pub routes_changed: Revision,
 }
 
 /// What a commit touched.
@@ -71,10 +74,21 @@ pub struct Touched {
     pub services: bool,
 }
 
+impl Touched {
+    /// Another commit's, too.
+    pub fn extend(&mut self, other: Self) {
+        self.nodes.extend(other.nodes);
+        self.jobs.extend(other.jobs);
+        self.desired.extend(other.desired);
+        self.settings |= other.settings;
+        self.services |= other.services;
+    }
+}
+
 impl Contents {
     /// All of a listing of [`PREFIXES`].
     pub fn of(listing: &Listing) -> Self {
-        let mut contents = Self { routes_changed: listing.revision, ..Self::default() };
+        let mut contents = Self::default();
         let mut touched = Touched::default();
         let mut assigned = Vec::new();
         for Entry { key, value, revision } in &listing.entries {
@@ -82,8 +96,11 @@ impl Contents {
         }
         contents.readdress(assigned, listing.revision);
         contents.revision = listing.revision;
-        contents.routes_changed = listing.revision;
         contents.services_changed = listing.revision;
+        contents.routes_changed = Changes::from(listing.revision);
+        for changes in contents.addresses_changed.values_mut() {
+            *changes = Changes::from(listing.revision);
+        }
         contents
     }
 
@@ -132,17 +149,15 @@ impl Contents {
             touched.nodes.insert(node.to_owned());
         } else if let Some(node) = key.strip_prefix(NODES) {
             let record = read::<NodeRecord>(key, value, revision);
-            let route = |record: &NodeRecord| (record.subnet.clone(), record.address.clone());
-            let before = self.nodes.get(node).map(|record| route(&record.value));
-            if before != record.as_ref().map(|record| route(&record.value)) {
-                self.routes_changed = revision;
+            let before = self.nodes.get(node).cloned();
+            let (before, after) = (before.as_ref().map(|record| &record.value), record.as_ref());
+            if self.reroute(before, after.map(|record| &record.value), revision) {
                 touched.desired.insert(node.to_owned());
             }
-            let labels = |record: &NodeRecord| record.inventory.labels.clone();
-            let known = self.nodes.get(node).map(|record| labels(&record.value));
             // Pools select nodes by labels.
-            touched.services |=
-                !self.services.is_empty() && known != record.as_ref().map(|record| labels(&record.value));
+            let labels = |record: Option<&NodeRecord>| record.map(|record| record.inventory.labels.clone());
+            let relabelled = labels(before) != labels(after.map(|record| &record.value));
+            touched.services |= !self.services.is_empty() && relabelled;
             set(&mut self.nodes, node, record.map(Arc::new));
             touched.nodes.insert(node.to_owned());
         } else if let Some(node) = key.strip_prefix(OPERATIONS) {
@@ -195,6 +210,30 @@ impl Contents {
         pools
     }
 
+    /// Keeps the routes right for a node that came, changed or went; whether that changes any.
+    fn reroute(
+        &mut self,
+        before: Option<&NodeRecord>,
+        after: Option<&NodeRecord>,
+        revision: Revision,
+    ) -> bool {
+        let route = |record: &NodeRecord| (record.subnet.clone(), record.address.clone());
+        let (before, after) = (before.map(route), after.map(route));
+        if before == after {
+            return false;
+        }
+        if let Some((subnet, _)) = before {
+            self.routes.remove(&subnet);
+            self.routes_changed.add(revision, &subnet, self.routes.len());
+        }
+        // Before its first report nobody knows where it is.
+        if let Some((subnet, address)) = after.filter(|(_, address)| !address.is_empty()) {
+            self.routes_changed.add(revision, &subnet, self.routes.len());
+            self.routes.insert(subnet, address);
+        }
+        true
+    }
+
     /// Keeps the tenants' addresses right for assignments that came, changed or went.
     fn readdress(&mut self, assigned: Vec<(String, String)>, revision: Revision) {
         for (node, sandbox) in assigned {
@@ -203,17 +242,20 @@ impl Contents {
                 continue;
             }
             if let Some((tenant, address)) = self.sandboxes.remove(&sandbox) {
-                self.tenants_changed.insert(tenant.clone(), revision);
                 if let Some(addresses) = self.addresses.get_mut(&tenant) {
                     addresses.remove(&address);
-                    if addresses.is_empty() {
+                    let left = addresses.len();
+                    if left == 0 {
                         self.addresses.remove(&tenant);
                     }
+                    self.addresses_changed.entry(tenant).or_default().add(revision, &address, left);
                 }
             }
             if let Some((tenant, address)) = now {
-                self.tenants_changed.insert(tenant.clone(), revision);
-                self.addresses.entry(tenant.clone()).or_default().insert(address.clone());
+                let addresses = self.addresses.entry(tenant.clone()).or_default();
+                addresses.insert(address.clone());
+                let changes = self.addresses_changed.entry(tenant.clone()).or_default();
+                changes.add(revision, &address, addresses.len());
                 self.sandboxes.insert(sandbox, (tenant, address));
             }
         }
@@ -227,9 +269,9 @@ impl Contents {
         Some((job.tenant.clone(), address))
     }
 
-    /// The commit that last changed the addresses of one of these tenants.
-    pub fn addresses_changed<'a>(&self, tenants: impl Iterator<Item = &'a str>) -> Revision {
-        tenants.filter_map(|tenant| self.tenants_changed.get(tenant)).copied().max().unwrap_or(0)
+    /// What changed of a tenant's addresses; none if it never had any.
+    pub fn addresses_changed(&self, tenant: &str) -> Option<&Changes> {
+        self.addresses_changed.get(tenant)
     }
 
     /// What should be on a node.

@@ -1,7 +1,7 @@
 //! The store's records, decoded and in memory: a cache of the store that can be made anew at any
 //! time, so that nobody lists and decodes everything to learn what one commit changed.
 //!
-//! - [`contents`]: the records, and how a commit changes them.
+//! - [`contents`]: the records, and how a commit changes them. [`changes`]: what changed of a set lately.
 //! - [`topics`]: who waits for what.
 //!
 //! [`View`] follows the store's watch, commit by commit, so what it holds is what the store held at
@@ -9,29 +9,41 @@
 //! holds: a view that is behind costs a second try and never a wrong write. A view that fell too far
 //! behind lists again.
 
+pub mod changes;
 pub mod contents;
 #[cfg(test)]
 mod tests;
 mod topics;
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 pub use contents::{Contents, Touched};
 use topics::Topics;
 
-use crate::store::{Revision, Store, StoreError, WatchError};
+use crate::store::{Event, Revision, Store, StoreError, Watch, WatchError};
+
+/// Commits that are taken in together at most: whoever looks at the records waits meanwhile.
+const TOGETHER: usize = 256;
 
 /// See the module. Shared by handlers and the reconciler.
 #[derive(Debug, Default)]
 pub struct View {
     contents: RwLock<Contents>,
-    revision: watch::Sender<Revision>,
+    reached: Mutex<Reached>,
     topics: Topics,
     unseen: Mutex<Unseen>,
     news: Notify,
+}
+
+/// How far the view is, and who waits until it is further.
+#[derive(Debug, Default)]
+struct Reached {
+    revision: Revision,
+    /// By the commit that they wait for: each is woken once, however many commits come before.
+    waiting: BTreeMap<Revision, Vec<oneshot::Sender<()>>>,
 }
 
 /// What changed since the reconciler last asked.
@@ -72,7 +84,7 @@ impl View {
         let contents = Contents::of(&listing);
         *self.contents.write().unwrap_or_else(PoisonError::into_inner) = contents;
         self.unseen().all = true;
-        self.revision.send_replace(revision);
+        self.arrive(revision);
         self.topics.tell_all();
         self.news.notify_one();
         Ok(revision)
@@ -81,14 +93,11 @@ impl View {
     /// Follows the store until it is closed; the view must have been loaded from it.
     pub async fn follow(&self, store: Arc<dyn Store>) {
         loop {
-            let from = *self.revision.borrow();
+            let from = self.lock_reached().revision;
             if let Ok(mut watch) = store.watch(from) {
-                loop {
-                    match watch.next().await {
-                        Ok(event) => self.apply(&event),
-                        Err(WatchError::Behind) => break,
-                        Err(WatchError::Closed) => return,
-                    }
+                match self.follow_watch(&mut watch).await {
+                    WatchError::Behind => {}
+                    WatchError::Closed => return,
                 }
             }
             while let Err(error) = self.list(&*store).await {
@@ -98,8 +107,29 @@ impl View {
         }
     }
 
-    fn apply(&self, event: &crate::store::Event) {
-        let touched = self.contents.write().unwrap_or_else(PoisonError::into_inner).apply(event);
+    async fn follow_watch(&self, watch: &mut Watch) -> WatchError {
+        loop {
+            let mut next = Some(watch.next().await);
+            // What was made durable together is taken in together.
+            let mut events = Vec::new();
+            while let Some(Ok(event)) = next {
+                events.push(event);
+                next = if events.len() < TOGETHER { watch.try_next() } else { None };
+            }
+            self.apply(&events);
+            if let Some(Err(error)) = next {
+                return error;
+            }
+        }
+    }
+
+    fn apply(&self, events: &[Arc<Event>]) {
+        let Some(last) = events.last() else { return };
+        let mut touched = Touched::default();
+        {
+            let mut contents = self.contents.write().unwrap_or_else(PoisonError::into_inner);
+            events.iter().for_each(|event| touched.extend(contents.apply(event)));
+        }
         let Touched { nodes, jobs, desired, settings, services } = touched;
         let news = !nodes.is_empty() || !jobs.is_empty() || settings || services;
         desired.iter().for_each(|node| self.topics.tell(topics::Topic::Desired(node)));
@@ -113,10 +143,28 @@ impl View {
             unseen.jobs.extend(jobs);
             unseen.settings |= settings;
         }
-        self.revision.send_replace(event.revision);
+        self.arrive(last.revision);
         if news {
             self.news.notify_one();
         }
+    }
+
+    /// The view is at this commit now.
+    fn arrive(&self, revision: Revision) {
+        let mut reached = self.lock_reached();
+        reached.revision = revision;
+        let later = reached.waiting.split_off(&(revision + 1));
+        let arrived = std::mem::replace(&mut reached.waiting, later);
+        drop(reached);
+        // Whoever does not wait any more has no use for it.
+        for waiting in arrived.into_values().flatten() {
+            let _ = waiting.send(());
+        }
+    }
+
+    fn lock_reached(&self) -> MutexGuard<'_, Reached> {
+        // Whole whatever panicked while holding it: every change is a single step.
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks at the records. Writers wait meanwhile: keep it short, and never across an await.
@@ -126,9 +174,17 @@ impl View {
 
     /// Returns once the view is at a commit or past it.
     pub async fn reached(&self, revision: Revision) {
-        let mut at = self.revision.subscribe();
-        // The sender lives as long as this view.
-        let _ = at.wait_for(|at| *at >= revision).await;
+        let arrived = {
+            let mut reached = self.lock_reached();
+            if reached.revision >= revision {
+                return;
+            }
+            let (sender, arrived) = oneshot::channel();
+            reached.waiting.entry(revision).or_default().push(sender);
+            arrived
+        };
+        // The sender is dropped unused only with this view.
+        let _ = arrived.await;
     }
 
     /// Returns once the view holds all that the store does now: after a lost race.
@@ -188,7 +244,7 @@ impl View {
         self.news.notified().await;
     }
 
-    fn unseen(&self) -> std::sync::MutexGuard<'_, Unseen> {
+    fn unseen(&self) -> MutexGuard<'_, Unseen> {
         // Whole whatever panicked while holding it: every change is a single step.
         self.unseen.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use lathe_api::sandbox::Desired;
+use lathe_api::artefact::Digest;
+use lathe_api::node::{Inventory, NodeState};
+use lathe_api::sandbox::{Desired, NetworkChanges, NodeNetwork};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::{Contents, View, contents};
-use crate::records::{Allocations, Assignment, Operations, put};
+use crate::desired::{self, NetworkKnown};
+use crate::records::{Allocations, Assignment, NodeRecord, Operations, put};
 use crate::store::redb::RedbStore;
 use crate::store::{Outcome, Store, Transaction, Write};
 
@@ -28,7 +31,8 @@ fn write((kind, which, gone): (u8, u8, bool)) -> Write {
         2 => format!("allocations/{node}"),
         3 => format!("operations/{node}"),
         4 => format!("alive/{node}"),
-        _ => format!("images/{which}"),
+        5 => format!("images/{which}"),
+        _ => format!("nodes/{node}"),
     };
     if gone {
         return Write::Delete { key };
@@ -40,9 +44,49 @@ fn write((kind, which, gone): (u8, u8, bool)) -> Write {
         1 => return put(key, &assignment).expect("encodes"),
         2 => return put(key, &Allocations::default()).expect("encodes"),
         3 => return put(key, &Operations::default()).expect("encodes"),
+        6 => return put(key, &node_record(&node, which)).expect("encodes"),
         _ => b"null".to_vec(),
     };
     Write::Put { key, value, lease: None }
+}
+
+/// A node that was not heard of yet, or is at one of a few addresses.
+fn node_record(name: &str, which: u8) -> NodeRecord {
+    NodeRecord {
+        name: name.to_owned(),
+        certificate: Digest::of(b""),
+        subnet: format!("10.0.{}.0/24", name.trim_start_matches('n')),
+        address: if which < 2 { String::new() } else { format!("192.168.0.{which}") },
+        state: NodeState::Ready,
+        inventory: Inventory::default(),
+        joined_ms: 0,
+        last_heartbeat_ms: 0,
+        lease: None,
+    }
+}
+
+/// What a node was told of its network, line by line.
+#[derive(Default)]
+struct Told(Option<(NodeNetwork, NetworkKnown)>);
+
+impl Told {
+    /// Tells it what changed, after which it knows what one that is told all knows.
+    fn tell(&mut self, contents: &Contents, node: &str) {
+        let Some(whole) = desired::network(contents, node) else { return };
+        let changes = self.0.as_ref().and_then(|(_, known)| known.changes(contents, node));
+        let network = match (self.0.take(), changes) {
+            (Some((mut network, known)), Some(changes)) => {
+                if known.is_current(contents, node) {
+                    assert_eq!(changes, NetworkChanges::default());
+                }
+                network.apply(changes);
+                network
+            }
+            _ => whole.clone(),
+        };
+        assert_eq!(network, whole, "what {node} knows");
+        self.0 = Some((network, NetworkKnown::now(contents, node)));
+    }
 }
 
 fn same(one: &Contents, other: &Contents) {
@@ -57,7 +101,7 @@ fn same(one: &Contents, other: &Contents) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_any_commits_the_view_is_what_a_fresh_listing_is() {
-    let one = (0..6_u8, 0..8_u8, prop::bool::weighted(0.3));
+    let one = (0..7_u8, 0..8_u8, prop::bool::weighted(0.3));
     let strategy = prop::collection::vec(prop::collection::vec(one, 1..5), 1..40);
     let mut runner = TestRunner::new(Config::with_cases(12));
     for _ in 0..12 {
@@ -67,7 +111,8 @@ async fn after_any_commits_the_view_is_what_a_fresh_listing_is() {
         let view = Arc::new(View::load(&*store).await.expect("loaded"));
         let (following, of) = (Arc::clone(&view), Arc::clone(&store));
         let follower = tokio::spawn(async move { following.follow(of).await });
-        for writes in commits {
+        let (mut often, mut seldom) = (Told::default(), Told::default());
+        for (number, writes) in commits.into_iter().enumerate() {
             let writes = writes.into_iter().map(write).collect();
             let outcome = store.commit(Transaction { expect: vec![], writes }).await.expect("works");
             let Outcome::Committed(revision) = outcome else { panic!("nothing was expected") };
@@ -75,6 +120,10 @@ async fn after_any_commits_the_view_is_what_a_fresh_listing_is() {
             let fresh = Contents::of(&store.list(&contents::PREFIXES).await.expect("listed"));
             view.read(|contents| {
                 same(contents, &fresh);
+                often.tell(contents, "n0");
+                if number % 5 == 0 {
+                    seldom.tell(contents, "n1");
+                }
                 // A job that took over the address of another's old assignment is the store's own
                 // inconsistency, which placements never write: addresses are compared where there is none.
                 let told = contents.addresses.values().flatten().count();

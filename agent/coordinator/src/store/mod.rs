@@ -15,6 +15,7 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
@@ -135,6 +136,14 @@ impl Watch {
                 return Ok(event);
             }
         }
+    }
+
+    /// The next commit, if there is one already.
+    ///
+    /// # Errors
+    /// As [`Watch::next`].
+    pub fn try_next(&mut self) -> Option<Result<Arc<Event>, WatchError>> {
+        self.next().now_or_never()
     }
 }
 

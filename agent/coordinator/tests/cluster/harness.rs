@@ -15,7 +15,7 @@ use lathe_api::client::{Client, ClientIdentity, ClientOptions};
 use lathe_api::gpu::Gpu;
 use lathe_api::job::{IsolationClass, Job, JobSpec, TaskExit, TaskState};
 use lathe_api::node::{Cpus, Inventory, JoinRequest, LogLine, LogStream, NodeReport, SandboxStatus};
-use lathe_api::sandbox::{Desired, NodeDesired, SandboxSpec};
+use lathe_api::sandbox::{Desired, DesiredUpdate, NodeDesired, SandboxSpec};
 use lathe_api::service::{BackendLoad, NodeService, ServiceLoad};
 use lathe_api::token::{TokenKind, TokenRequest};
 use lathe_coordinator::coordinator::{Coordinator, Options};
@@ -354,10 +354,9 @@ impl Drop for FakeAgent {
 async fn watch(client: Client, state: Arc<Mutex<AgentState>>, alive: CancellationToken) {
     let follow = async {
         loop {
-            let after = state.lock().expect("no panic").desired.as_ref().map(|desired| desired.revision);
-            if let Ok(mut stream) = client.watch_desired(after).await {
-                while let Some(Ok(desired)) = stream.next().await {
-                    state.lock().expect("no panic").take(desired);
+            if let Ok(mut stream) = client.watch_desired().await {
+                while let Some(Ok(update)) = stream.next().await {
+                    state.lock().expect("no panic").take(update);
                 }
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -372,11 +371,8 @@ async fn watch(client: Client, state: Arc<Mutex<AgentState>>, alive: Cancellatio
 impl AgentState {
     /// What an agent does: start what should run and is not known, stop what should stop, forget
     /// what is not desired.
-    fn take(&mut self, mut desired: NodeDesired) {
-        if let Some(before) = self.desired.take() {
-            desired.network = desired.network.or(before.network);
-            desired.services = desired.services.or(before.services);
-        }
+    fn take(&mut self, update: DesiredUpdate) {
+        let desired = NodeDesired::follow(self.desired.take(), update).expect("built on what was told");
         self.sandboxes.retain(|id, _| desired.sandboxes.iter().any(|spec| spec.id == *id));
         for spec in &desired.sandboxes {
             match (self.sandboxes.get_mut(&spec.id), spec.desired) {

@@ -2,13 +2,14 @@
 //! is, and kept from nodes that refuse.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use lathe_api::job::{Job, JobSpec, JobState, RestartPolicy, TaskExit};
 use lathe_api::node::{CachedArtefact, Nic, NodeOffer, NodeOperation, NodeState};
 use lathe_api::pool::{Pool, Tenant};
 use lathe_api::scheduling::DecisionKind;
 
-use crate::harness::{Cluster, add_image, eventually, spec};
+use crate::harness::{Cluster, FakeAgent, add_image, eventually, spec};
 
 fn preemptible(tasks: u32) -> JobSpec {
     // Nothing of it may be used up by being stopped for others.
@@ -184,4 +185,112 @@ async fn a_node_that_starts_nothing_gets_no_more_and_says_why() {
         cluster.job_when(id, running).await;
     }
     bad.running_when(4).await;
+    let mut refused = 0;
+    for id in &jobs {
+        let why = admin.job_why(id).await.expect("its history");
+        let of_it = why.decisions.iter().filter(|one| one.kind == DecisionKind::Refused);
+        refused += of_it.inspect(|one| assert_eq!(one.why, "node n1: no space left on device")).count();
+    }
+    assert!(refused >= 3, "a node that is suspected refused some: {refused}");
+}
+
+/// An elastic job of 2 to 4 tasks.
+fn elastic() -> JobSpec {
+    let restart = RestartPolicy { on_failure: 0, on_loss: 0 };
+    JobSpec { tasks_min: Some(2), restart, ..spec(4) }
+}
+
+/// The job once it runs with so many tasks, each of which knows how many there are.
+async fn running_with(cluster: &Cluster, agents: &[&FakeAgent], id: &str, tasks: usize) -> Job {
+    let job = cluster.job_when(id, |job| running(job) && job.tasks.len() == tasks).await;
+    assert_eq!(job.size, u32::try_from(tasks).ok());
+    let sandboxes: BTreeSet<_> = job.tasks.iter().filter_map(|task| task.sandbox.clone()).collect();
+    assert_eq!(sandboxes.len(), tasks);
+    eventually("all of them to run", || async {
+        let all: BTreeSet<String> = agents.iter().flat_map(|agent| agent.running()).collect();
+        sandboxes.is_subset(&all).then_some(())
+    })
+    .await;
+    let specs = agents.iter().flat_map(|agent| agent.seen());
+    for spec in specs.filter(|spec| sandboxes.contains(&spec.id)) {
+        assert!(spec.env.contains(&("WORLD_SIZE".to_owned(), tasks.to_string())), "{:?}", spec.env);
+    }
+    job
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_elastic_gang_grows_into_room_that_comes_and_uses_up_nothing() {
+    let cluster = Cluster::start().await;
+    let one = cluster.node("n1", 2).await;
+    let admin = cluster.admin();
+    cluster.image().await;
+    let id = admin.submit_job(&elastic()).await.expect("accepted").id;
+    let small = running_with(&cluster, &[&one], &id, 2).await;
+    assert_eq!(small.attempt, 1);
+    let two = cluster.node("n2", 2).await;
+    let large = running_with(&cluster, &[&one, &two], &id, 4).await;
+    assert_eq!((large.attempt, large.preemptions), (2, 0));
+    let why = admin.job_why(&id).await.expect("its history");
+    let resized = why.decisions.iter().find(|decision| decision.kind == DecisionKind::Resized);
+    assert!(resized.is_some_and(|one| one.why.contains("with 4 tasks instead of 2")), "{why:?}");
+    for agent in [&one, &two] {
+        agent.running().iter().for_each(|sandbox| agent.exit(sandbox, TaskExit::Code(0)));
+    }
+    let done = cluster.job_when(&id, |job| job.state.is_terminal()).await;
+    assert_eq!((done.state, done.attempt), (JobState::Succeeded, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_elastic_gang_gives_up_what_it_has_beyond_its_least_for_a_job_that_waits() {
+    let cluster = Cluster::start().await;
+    let node = cluster.node("n1", 4).await;
+    let admin = cluster.admin();
+    cluster.image().await;
+    let id = admin.submit_job(&elastic()).await.expect("accepted").id;
+    running_with(&cluster, &[&node], &id, 4).await;
+    let other = admin.submit_job(&spec(2)).await.expect("accepted").id;
+    let other = cluster.job_when(&other, running).await;
+    let small = running_with(&cluster, &[&node], &id, 2).await;
+    assert_eq!((small.attempt, small.preemptions), (2, 0));
+    let why = admin.job_why(&id).await.expect("its history");
+    let resized = why.decisions.iter().find(|decision| decision.kind == DecisionKind::Resized);
+    assert!(resized.is_some_and(|one| one.why.contains(&other.id)), "{why:?}");
+
+    // When the other is gone it has its room again.
+    let others: Vec<_> = other.tasks.iter().filter_map(|task| task.sandbox.clone()).collect();
+    eventually("the other to run", || async {
+        let running = node.running();
+        others.iter().all(|sandbox| running.contains(sandbox)).then_some(())
+    })
+    .await;
+    others.iter().for_each(|sandbox| node.exit(sandbox, TaskExit::Code(0)));
+    let large = running_with(&cluster, &[&node], &id, 4).await;
+    assert_eq!(large.attempt, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_tenants_had_counts_after_a_restart() {
+    let mut cluster = Cluster::start().await;
+    let node = cluster.node("n1", 1).await;
+    cluster.image().await;
+    cluster.admin().set_pool(&pool(r#"{"name": "default", "queue": "fair_share"}"#)).await.expect("set");
+    let (red, blue) = (cluster.user("red").await, cluster.user("blue").await);
+    let had = red.submit_job(&spec(1)).await.expect("accepted").id;
+    let sandboxes = node.running_when(1).await;
+    // Less than a millionth of the pool counts for nothing.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    node.exit(&sandboxes[0], TaskExit::Code(0));
+    cluster.job_when(&had, |job| job.state.is_terminal()).await;
+    cluster.restart().await;
+
+    let cordon = NodeOperation::Cordon { reason: "so that both wait".to_owned() };
+    cluster.admin().operate_node("n1", &cordon).await.expect("cordoned");
+    let (first, second) = (red.submit_job(&spec(1)).await, blue.submit_job(&spec(1)).await);
+    let (first, second) = (first.expect("accepted").id, second.expect("accepted").id);
+    for id in [&first, &second] {
+        cluster.job_when(id, |job| job.reason.is_some()).await;
+    }
+    cluster.admin().operate_node("n1", &NodeOperation::Uncordon).await.expect("uncordoned");
+    cluster.job_when(&second, running).await;
+    assert_eq!(cluster.job(&first).await.state, JobState::Pending, "red had its turn before the restart");
 }

@@ -1,16 +1,22 @@
 //! Fingerprints of what something was computed from, to tell when it must be computed again.
 
-use std::hash::{Hash, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 
-/// A multiply-and-fold hash: quick, and the same on every run and machine. Not for hostile keys:
-/// nothing is looked up by it, two values are only told apart.
+/// A multiply-and-fold hash: quick, and the same on every run and machine. Not for hostile keys: values are
+/// told apart by it, and indices looked up, but nobody's words.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fold(u64);
+
+impl Default for Fold {
+    fn default() -> Self {
+        Self(0x243f_6a88_85a3_08d3)
+    }
+}
 
 impl Fold {
     /// Of one value.
     pub(crate) fn of(value: &impl Hash) -> u64 {
-        let mut hasher = Self(0x243f_6a88_85a3_08d3);
+        let mut hasher = Self::default();
         value.hash(&mut hasher);
         hasher.finish()
     }
@@ -64,6 +70,32 @@ impl Hasher for Fold {
     #[inline]
     fn write_usize(&mut self, value: usize) {
         self.write_u64(value as u64);
+    }
+}
+
+/// For tables whose keys are indices.
+pub(crate) type Quick = BuildHasherDefault<Fold>;
+
+/// For tables whose keys are fingerprints, which need no other hash.
+pub(crate) type Printed = BuildHasherDefault<Same>;
+
+/// Keys are hashes already.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Same(u64);
+
+impl Hasher for Same {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = Fold::mix(self.0, byte.into());
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = value;
     }
 }
 

@@ -18,7 +18,7 @@ mod node;
 
 pub use amount::Amount;
 pub use cluster::{Cluster, Running, TakeError, TaskPlace};
-pub(crate) use fingerprint::Fold;
+pub(crate) use fingerprint::{Fold, Printed, Quick};
 pub use free::{Free, SwitchUse};
 pub use gang::{
     Communication, Constraint, Gang, Input, Isolation, Operator, Preference, Scope, Size, TaskRequest,

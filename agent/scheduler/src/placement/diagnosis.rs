@@ -127,8 +127,11 @@ fn problems<'a>(
 /// Whether it does not fit even when nothing else runs.
 fn never(cluster: &Cluster, request: &PlaceRequest<'_>, nodes: &[u32]) -> Option<Shortage> {
     let gang = request.gang;
-    let empty: Vec<Free> = cluster.nodes().iter().map(Free::all).collect();
     let shape = Shape::of(gang, false);
+    if gang.scope == Scope::Any && enough(cluster, request, nodes, &shape) {
+        return None;
+    }
+    let empty: Vec<Free> = cluster.nodes().iter().map(Free::all).collect();
     let rooms = rooms(cluster.nodes(), &empty, &shape, nodes, gang);
     let holds: u64 = rooms.iter().map(|(_, room)| u64::from(*room)).sum();
     if holds < request.tasks.into() {
@@ -141,6 +144,19 @@ fn never(cluster: &Cluster, request: &PlaceRequest<'_>, nodes: &[u32]) -> Option
         task: gang.task.clone(),
         scope: gang.scope,
         holds: most.holds,
+    })
+}
+
+/// Whether empty nodes hold all tasks: a few nodes often do, and the others need no look.
+fn enough(cluster: &Cluster, request: &PlaceRequest<'_>, nodes: &[u32], shape: &Shape) -> bool {
+    let mut missing = u64::from(request.tasks);
+    nodes.iter().any(|&index| {
+        let node = &cluster.nodes()[index as usize];
+        let empty = Free::all(node);
+        if empty.admits(&request.gang.tenant, request.gang.isolation) {
+            missing = missing.saturating_sub(group::room(node, &empty, shape, None).into());
+        }
+        missing == 0
     })
 }
 

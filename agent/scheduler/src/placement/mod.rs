@@ -222,6 +222,34 @@ impl Placer {
         }
     }
 
+    /// As [`Placer::place`], and learns from a gang that has no room in the same way, but looks for no
+    /// reason: that takes longer than to find a place. [`Placer::reason`] finds it.
+    pub fn seek(
+        &mut self,
+        cluster: &mut Cluster,
+        gang: &Gang,
+        tasks: u32,
+        admits: &dyn Fn(&Node) -> bool,
+    ) -> Option<Vec<TaskPlace>> {
+        let request = PlaceRequest { gang, tasks, admits, admits_key: None, span: None };
+        let found = self.try_place(cluster, &request);
+        if found.is_none() {
+            self.learn(gang, 1);
+        }
+        found
+    }
+
+    /// Why a gang has no room that [`Placer::seek`] found to have none.
+    pub fn reason(
+        &self,
+        cluster: &Cluster,
+        gang: &Gang,
+        tasks: u32,
+        admits: &dyn Fn(&Node) -> bool,
+    ) -> Shortage {
+        diagnosis::of(cluster, &PlaceRequest { gang, tasks, admits, admits_key: None, span: None })
+    }
+
     /// The same without a reason, which takes longer to find than a place.
     pub fn try_place(&mut self, cluster: &mut Cluster, request: &PlaceRequest<'_>) -> Option<Vec<TaskPlace>> {
         self.look_at(cluster);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::known::{Item, TenantInfo};
-use crate::model::{Constraint, Node, TaskPlace};
+use crate::model::{Constraint, Node, Quick, TaskPlace};
 use crate::plan::{LimitReached, Resource};
 use crate::policy::{Pool, Quota, Settings, Share};
 use crate::queue::fair::Fractions;
@@ -74,6 +74,20 @@ impl Pools {
     pub fn admits(&self, pool: usize, node: &Node) -> bool {
         self.selectors[pool].iter().all(|constraint| constraint.holds(&node.name, &node.labels))
     }
+
+    /// All that each pool's nodes have.
+    pub fn capacity(&self, nodes: &[Node]) -> Vec<Share> {
+        let mut capacity = vec![Share::default(); self.lines.len()];
+        for node in nodes {
+            let share = Share { amount: node.total, gpu_milli: 1000 * node.gpus.len() as u64 };
+            for (pool, capacity) in capacity.iter_mut().enumerate() {
+                if self.admits(pool, node) {
+                    *capacity = capacity.plus(&share);
+                }
+            }
+        }
+        capacity
+    }
 }
 
 /// What is used in a cycle; see the module.
@@ -81,23 +95,14 @@ impl Pools {
 pub(super) struct Accounts {
     capacity: Vec<Share>,
     pools: Vec<Share>,
-    tenants: HashMap<(u32, u32), Share>,
+    tenants: HashMap<(u32, u32), Share, Quick>,
 }
 
 impl Accounts {
     /// Of pools in which nothing runs.
-    pub fn new(pools: &Pools, nodes: &[Node]) -> Self {
-        let count = pools.lines.len();
-        let mut capacity = vec![Share::default(); count];
-        for node in nodes {
-            let share = Share { amount: node.total, gpu_milli: 1000 * node.gpus.len() as u64 };
-            for (pool, capacity) in capacity.iter_mut().enumerate() {
-                if pools.admits(pool, node) {
-                    *capacity = capacity.plus(&share);
-                }
-            }
-        }
-        Self { capacity, pools: vec![Share::default(); count], tenants: HashMap::new() }
+    pub fn new(capacity: Vec<Share>) -> Self {
+        let pools = vec![Share::default(); capacity.len()];
+        Self { capacity, pools, tenants: HashMap::default() }
     }
 
     /// All that a pool's nodes have.

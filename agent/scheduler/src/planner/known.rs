@@ -7,10 +7,13 @@ use std::sync::Arc;
 use lathe_api::job::IsolationClass;
 
 use crate::model::{
-    Amount, Cluster, Constraint, Gang, GpuRequest, Isolation, Scope, Share as GpuShare, Size,
+    Amount, Cluster, Constraint, Fold, Gang, GpuRequest, Isolation, Quick, Scope, Share as GpuShare, Size,
 };
 use crate::policy::{Quota, Settings, Share};
 use crate::queue::estimate::{Estimator, Similar};
+
+/// Families and shapes that are numbered before counting begins anew: what users ask for does not end.
+const MOST_NUMBERS: usize = 100_000;
 
 /// A gang, waiting or running, as indices.
 #[derive(Clone, Debug)]
@@ -21,9 +24,14 @@ pub(super) struct Item {
     pub tenant: u32,
     /// Gangs of one family differ in their numbers alone.
     pub family: u32,
+    /// Of a family those with the same numbers: one finds room where and when another does.
+    pub shape: u32,
+    pub size: Hardness,
     pub similar: Similar,
     /// GPUs of one task, in thousandths.
     pub gpu_milli: u64,
+    /// Of its ID.
+    pub print: u64,
 }
 
 impl Item {
@@ -33,10 +41,6 @@ impl Item {
             amount: self.gang.taken().times(tasks),
             gpu_milli: self.gpu_milli.saturating_mul(tasks.into()),
         }
-    }
-
-    pub fn size(&self) -> Hardness {
-        Hardness { amount: self.gang.taken(), gpus: self.gang.task.gpu_count(), tasks: self.gang.tasks.min }
     }
 }
 
@@ -49,6 +53,10 @@ pub(super) struct Hardness {
 }
 
 impl Hardness {
+    fn of(gang: &Gang) -> Self {
+        Self { amount: gang.taken(), gpus: gang.task.gpu_count(), tasks: gang.tasks.min }
+    }
+
     /// Whether this one finds no room where the other found none.
     pub fn at_least(&self, other: &Self) -> bool {
         self.tasks >= other.tasks && self.gpus >= other.gpus && self.amount.fits(&other.amount)
@@ -84,9 +92,9 @@ pub(super) struct Known {
     pub tenants: Vec<TenantInfo>,
     by_name: HashMap<String, u32>,
     families: HashMap<Family, u32>,
+    shapes: HashMap<(u32, Hardness), u32>,
     /// By the gang's address, which stays the gang's while the item holds it.
-    items: HashMap<usize, (u32, Arc<Item>)>,
-    cycle: u32,
+    items: HashMap<usize, Arc<Item>, Quick>,
     profiles: HashMap<String, u64>,
     isolated: bool,
 }
@@ -116,7 +124,8 @@ impl Known {
         known
     }
 
-    fn tenant(&mut self, name: &str) -> u32 {
+    /// A tenant's number.
+    pub fn tenant(&mut self, name: &str) -> u32 {
         if let Some(&index) = self.by_name.get(name) {
             return index;
         }
@@ -132,24 +141,32 @@ impl Known {
     }
 
     /// To be called before a cycle's gangs are looked up; `isolated` says whether any gang keeps
-    /// other tenants away. True if families have other numbers from now on.
+    /// other tenants away. True if families and shapes have other numbers from now on.
     pub fn begin(&mut self, estimator: &mut Estimator, isolated: bool) -> bool {
-        self.cycle = self.cycle.wrapping_add(1);
-        let anew = estimator.prune() || isolated != self.isolated || self.families.len() > 100_000;
+        let anew = estimator.prune()
+            || isolated != self.isolated
+            || self.families.len() > MOST_NUMBERS
+            || self.shapes.len() > MOST_NUMBERS;
         if anew {
             self.items.clear();
             self.families.clear();
+            self.shapes.clear();
         }
         self.isolated = isolated;
         anew
     }
 
-    /// To be called when a cycle is over: gangs that were not looked up are forgotten.
+    /// To be called when a cycle is over, with how many gangs there are: those that nobody holds are
+    /// forgotten.
     pub fn end(&mut self, alive: usize) {
         if self.items.len() > 2 * alive + 1024 {
-            let cycle = self.cycle;
-            self.items.retain(|_, (seen, _)| *seen == cycle);
+            self.items.retain(|_, item| Arc::strong_count(item) > 1);
         }
+    }
+
+    /// How many shapes there are: their numbers are below it.
+    pub fn shapes(&self) -> usize {
+        self.shapes.len()
     }
 
     /// What is known of a gang.
@@ -161,8 +178,7 @@ impl Known {
         cluster: &Cluster,
     ) -> Arc<Item> {
         let address = Arc::as_ptr(gang) as usize;
-        if let Some((seen, item)) = self.items.get_mut(&address) {
-            *seen = self.cycle;
+        if let Some(item) = self.items.get(&address) {
             return Arc::clone(item);
         }
         let tenant = self.tenant(&gang.tenant);
@@ -178,15 +194,21 @@ impl Known {
             elastic: gang.tasks != Size::exactly(gang.tasks.min),
         };
         let next = u32::try_from(self.families.len()).unwrap_or(u32::MAX);
+        let family = *self.families.entry(family).or_insert(next);
+        let size = Hardness::of(gang);
+        let next = u32::try_from(self.shapes.len()).unwrap_or(u32::MAX);
         let item = Arc::new(Item {
             gang: Arc::clone(gang),
             pool: pools.get(&gang.pool).copied(),
             tenant,
-            family: *self.families.entry(family).or_insert(next),
+            family,
+            shape: *self.shapes.entry((family, size)).or_insert(next),
+            size,
             similar: estimator.similar(gang),
             gpu_milli: self.gpu_milli(gang, cluster),
+            print: Fold::of(&gang.id),
         });
-        self.items.insert(address, (self.cycle, Arc::clone(&item)));
+        self.items.insert(address, Arc::clone(&item));
         item
     }
 

@@ -17,7 +17,7 @@ use super::cycle::{Cycle, Outcome, admits};
 use super::known::Item;
 use super::room::{self, Overlay, Reservation};
 use super::search::Domains;
-use crate::model::{Node, Running, TaskPlace};
+use crate::model::{Fold, Node, Running, TaskPlace};
 use crate::placement::eligible;
 use crate::plan::{Preemption, Resize};
 use crate::policy::Share;
@@ -71,15 +71,16 @@ struct Choice {
 impl Cycle<'_> {
     /// Tells others to make room for a gang, and holds it; false if that is not possible.
     pub(super) fn make_room(&mut self, index: usize) -> bool {
-        let item = Arc::clone(&self.items[index]);
-        let Some(pool) = item.pool else { return false };
+        let waiter = &self.waiters[index];
+        let Some(pool) = waiter.pool.map(|pool| pool as usize) else { return false };
         if self.sought >= MOST_SOUGHT || !(self.elastic || self.settings.pools[pool].preemption) {
             return false;
         }
-        let key = (item.family, item.size(), item.gang.priority, item.tenant);
+        let key = (waiter.shape, waiter.priority, waiter.tenant);
         if self.sought_in_vain.contains(&key) {
             return false;
         }
+        let item = self.item(index);
         let units = self.units(&item, pool);
         if !units.is_empty() {
             self.sought += 1;
@@ -295,12 +296,12 @@ impl Cycle<'_> {
                 overlay.give(self.cluster, &giving, place);
             }
         }
-        let placed = self.placers[pool].place(self.cluster, gang, gang.tasks.min, admits);
-        if let Ok(places) = &placed {
+        let placed = self.placers[pool].seek(self.cluster, gang, gang.tasks.min, admits);
+        if let Some(places) = &placed {
             overlay.undo(self.cluster, gang, places);
         }
         overlay.restore(self.cluster);
-        let places = placed.ok()?;
+        let places = placed?;
         let nodes = room::by_node(&places);
         let mut needed: Vec<usize> = set.to_vec();
         needed.retain(|&at| units[at].tasks.iter().any(|place| nodes.contains_key(&place.node)));
@@ -409,7 +410,7 @@ impl Cycle<'_> {
             known: true,
             makers: makers.clone(),
         };
-        self.rooms.reserve(self.cluster, reservation);
+        self.hold(item.print, reservation);
         self.outcomes[index] = Outcome::MakingRoom(makers.into());
     }
 
@@ -421,8 +422,10 @@ impl Cycle<'_> {
             return;
         }
         claims.sort_by(|one, other| (one.from_ms, &one.gang.id).cmp(&(other.from_ms, &other.gang.id)));
+        let waiting = self.waiters.iter().enumerate();
+        let claimants = waiting.filter(|(_, waiter)| self.reserving.contains(&waiter.print));
         let ids: BTreeMap<&str, usize> =
-            self.items.iter().enumerate().map(|(index, item)| (item.gang.id.as_str(), index)).collect();
+            claimants.map(|(index, waiter)| (waiter.item.gang.id.as_str(), index)).collect();
         let claims: Vec<(Option<usize>, Reservation)> =
             claims.into_iter().map(|claim| (ids.get(claim.gang.id.as_str()).copied(), claim)).collect();
         for (index, claim) in claims {
@@ -439,7 +442,10 @@ impl Cycle<'_> {
                     }
                 }
                 // One that was told to leave a node, and has not left.
-                None if makers.contains(&claim.gang.id) => self.rooms.reserve(self.cluster, claim),
+                None if makers.contains(&claim.gang.id) => {
+                    let print = Fold::of(&claim.gang.id);
+                    self.hold(print, claim);
+                }
                 None => {}
             }
         }

@@ -2,11 +2,13 @@
 //!
 //! - [`accounts`]: what pools and tenants use, may use, and have a right to.
 //! - [`cycle`]: one cycle: who is tried, in which order, and what comes of it.
-//! - [`known`]: gangs as indices, so that a cycle over many is fast.
+//! - [`known`]: gangs as indices, so that a cycle over many is fast. [`lists`]: what waits and what runs, kept
+//!   from cycle to cycle.
 //! - [`make_room`]: what is stopped or made smaller for a gang that waits.
 //! - [`reshape`]: drained nodes are emptied, elastic gangs grow.
 //! - [`room`]: room over time, with what is reserved of it.
 //! - [`search`]: the earliest time at which a gang fits.
+//! - [`usage`]: what tenants had, to be kept elsewhere.
 //!
 //! **Nothing starves.** A gang that waited `starvation_ms` of its pool is *starved*: it goes before all
 //! that are not, oldest first, and when it does not fit at once it gets a firm reservation: places
@@ -20,23 +22,27 @@
 mod accounts;
 mod cycle;
 mod known;
+mod lists;
 mod make_room;
 mod reshape;
 mod room;
 mod search;
+mod usage;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use accounts::{Accounts, Pools};
-use cycle::Cycle;
-use known::{Hardness, Known};
+use cycle::{Cycle, Refused, Shapes};
+use known::Known;
+use lists::{Lists, Runner};
 use room::{Reservation, Rooms, Run};
+pub use usage::{TenantUsage, Usage};
 
-use crate::model::{Cluster, Gang, Isolation, Running};
-use crate::placement::{Placer, Shortage};
+use crate::model::{Cluster, Fold, Gang, Running};
+use crate::placement::Placer;
 use crate::plan::Plan;
-use crate::policy::Settings;
+use crate::policy::{Settings, Share};
 use crate::queue::estimate::Estimator;
 use crate::queue::fair::Ledger;
 
@@ -55,11 +61,13 @@ pub struct Planner {
     placers: Vec<Placer>,
     pools: Pools,
     known: Known,
+    lists: Lists,
     estimator: Estimator,
     ledger: Ledger,
     reserved: HashMap<String, Reservation>,
-    shortages: HashMap<(u32, Hardness), (Arc<Shortage>, u64)>,
-    impossible: HashMap<(u32, Hardness), u64>,
+    shapes: Shapes,
+    /// What each pool's nodes have, and of which nodes that is.
+    capacity: (u64, Vec<Share>),
 }
 
 impl Planner {
@@ -70,11 +78,12 @@ impl Planner {
             placers,
             pools: Pools::new(&settings),
             known: Known::new(&settings),
+            lists: Lists::default(),
             estimator: Estimator::default(),
             ledger: Ledger::new(HALF_LIFE_MS),
             reserved: HashMap::new(),
-            shortages: HashMap::new(),
-            impossible: HashMap::new(),
+            shapes: Shapes::default(),
+            capacity: (0, Vec::new()),
             settings,
         }
     }
@@ -108,27 +117,17 @@ impl Planner {
     /// Gangs of `pending` that came at the same time are thought to have come in its order.
     pub fn cycle(&mut self, cluster: &mut Cluster, pending: &[Arc<Gang>], now_ms: u64) -> Plan {
         self.ledger.advance(now_ms);
-        let shares_nothing = |gang: &Gang| gang.isolation != Isolation::Shared;
-        let isolated = pending.iter().any(|gang| shares_nothing(gang))
-            || cluster.running().values().any(|running| shares_nothing(&running.gang));
-        if self.known.begin(&mut self.estimator, isolated) {
-            self.shortages.clear();
-            self.impossible.clear();
-        }
-
-        let mut accounts = Accounts::new(&self.pools, cluster.nodes());
-        let runs = self.runs(cluster, pending, now_ms, &mut accounts);
-        let mut items = Vec::with_capacity(pending.len());
-        for gang in pending {
-            items.push(self.known.item(gang, &self.pools.by_name, &mut self.estimator, cluster));
-        }
-        self.known.end(items.len() + runs.len());
+        self.look_at(cluster, pending);
+        let mut accounts = Accounts::new(self.capacity(cluster));
+        let runs = self.runs(cluster, now_ms, &mut accounts);
         let elastic = runs.iter().any(|run| run.item.gang.tasks.min < run.item.gang.tasks.max);
         let most = cluster.nodes().iter().map(|node| node.gpus.len()).max().unwrap_or(0);
         let mut whole = vec![0; most + 1];
         cluster.free().iter().for_each(|free| whole[free.whole_gpus() as usize] += 1);
+        let kept = std::mem::take(&mut self.reserved);
         let mut cycle = Cycle {
             now: now_ms,
+            limited: self.settings.limits(),
             settings: &self.settings,
             pools: &self.pools,
             tenants: &self.known.tenants,
@@ -136,16 +135,17 @@ impl Planner {
             ledger: &self.ledger,
             placers: &mut self.placers,
             cluster,
-            items,
+            waiters: &self.lists.waiters,
             accounts,
+            running: runs.iter().map(|run| run.item.print).collect(),
             rooms: Rooms::new(now_ms, runs),
-            kept: std::mem::take(&mut self.reserved),
-            shortages: &mut self.shortages,
-            impossible: &mut self.impossible,
+            reserving: kept.keys().map(Fold::of).collect(),
+            kept,
+            refused: Refused::new(self.known.shapes()),
+            looks: 0,
+            shapes: &mut self.shapes,
             outcomes: vec![cycle::Outcome::Unseen; pending.len()],
             whole,
-            failed: BTreeMap::new(),
-            failures: 0,
             searches: 0,
             held_limits: Vec::new(),
             elastic,
@@ -161,39 +161,53 @@ impl Planner {
         plan
     }
 
+    /// Brings what is known of gangs up to date.
+    fn look_at(&mut self, cluster: &Cluster, pending: &[Arc<Gang>]) {
+        let Self { known, lists, pools, estimator, shapes, .. } = self;
+        let sync = |lists: &mut Lists, known: &mut Known, estimator: &mut Estimator| {
+            lists.sync(pending, cluster, |gang| known.item(gang, &pools.by_name, estimator, cluster));
+        };
+        sync(lists, known, estimator);
+        if known.begin(estimator, lists.isolated()) {
+            shapes.clear();
+            lists.clear();
+            sync(lists, known, estimator);
+        }
+        shapes.resize(known.shapes());
+        known.end(lists.waiters.len() + lists.runners.len());
+    }
+
+    fn capacity(&mut self, cluster: &Cluster) -> Vec<Share> {
+        let nodes = cluster.nodes_fingerprint();
+        if self.capacity.0 != nodes || self.capacity.1.is_empty() {
+            self.capacity = (nodes, self.pools.capacity(cluster.nodes()));
+        }
+        self.capacity.1.clone()
+    }
+
     /// What runs, and counts it.
-    fn runs(
-        &mut self,
-        cluster: &Cluster,
-        pending: &[Arc<Gang>],
-        now_ms: u64,
-        accounts: &mut Accounts,
-    ) -> Vec<Run> {
-        let mut items = Vec::with_capacity(cluster.running().len());
-        let mut guesses = pending.iter().any(|gang| gang.estimate_ms.is_none());
+    fn runs(&mut self, cluster: &Cluster, now_ms: u64, accounts: &mut Accounts) -> Vec<Run> {
+        let mut guesses = self.lists.guesses();
         self.estimator.begin();
-        for running in cluster.running().values() {
-            let item = self.known.item(&running.gang, &self.pools.by_name, &mut self.estimator, cluster);
+        for (running, Runner { item, used, .. }) in cluster.running().values().zip(&self.lists.runners) {
             if let Some(pool) = item.pool {
                 let line = &self.known.tenants[item.tenant as usize].line;
-                accounts.add(&self.pools.lines[pool], line, &accounts::used_by(&item, &running.tasks));
+                accounts.add(&self.pools.lines[pool], line, used);
             }
             let asked =
                 running.gang.estimate_ms.is_none() || running.expected_end_ms.is_none_or(|end| end <= now_ms);
             guesses |= !running.stopping && asked;
             self.estimator.runs(&item.similar, now_ms.saturating_sub(running.started_ms));
-            items.push(item);
         }
         // Where users' estimates do, nothing is asked that a fit would tell.
         if guesses {
             self.estimator.fit();
         }
-        let all = cluster.running().values().zip(items);
-        let run = |(running, item): (&Running, Arc<known::Item>)| {
-            let (end_ms, known) = self.end(running, &item, now_ms);
-            Run { item, end_ms, known }
+        let run = |(running, runner): (&Running, &Runner)| {
+            let (end_ms, known) = self.end(running, &runner.item, now_ms);
+            Run { item: Arc::clone(&runner.item), nodes: Arc::clone(&runner.nodes), end_ms, known }
         };
-        all.map(run).collect()
+        cluster.running().values().zip(&self.lists.runners).map(run).collect()
     }
 
     /// When a running gang will have ended: later than now, for now it runs.

@@ -60,7 +60,9 @@ impl Cycle<'_> {
         let until = now.saturating_add(length);
         self.rooms.show(self.cluster, until, None);
         let admits = |node: &Node| admits(pools, pool, node, now, until);
-        let Ok(places) = self.place_between(pool, item, gang.tasks.min, tasks, &admits) else { return false };
+        let Some(places) = self.place_between(pool, item, gang.tasks.min, tasks, &admits) else {
+            return false;
+        };
         places.iter().for_each(|place| self.cluster.give(gang, place));
         let from_ms = now.saturating_add(gang.grace_ms.max(1));
         let reservation = Reservation {
@@ -82,7 +84,7 @@ impl Cycle<'_> {
         let why = format!("node {name} is being emptied; there is room {to}");
         self.plan.preemptions.push(Preemption { gang: gang.id.clone(), for_gang: None, why });
         self.asked.insert(gang.id.clone());
-        self.rooms.reserve(self.cluster, reservation);
+        self.hold(item.print, reservation);
         true
     }
 
@@ -133,7 +135,7 @@ impl Cycle<'_> {
                 }
         };
         self.rooms.show(self.cluster, until, None);
-        let Ok(add) = self.place_between(pool, item, 1, more, &admits) else { return false };
+        let Some(add) = self.place_between(pool, item, 1, more, &admits) else { return false };
         let line = &self.tenants[item.tenant as usize].line;
         self.accounts.add(&self.pools.lines[pool], line, &super::accounts::used_by(item, &add));
         if let Some(running) = self.cluster.running_mut(&gang.id) {

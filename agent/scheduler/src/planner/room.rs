@@ -4,7 +4,7 @@
 //! Nothing is copied to try something: the cluster itself is changed node by node and put back
 //! ([`Overlay`]), so that whoever caches by node looks only at the nodes that differ.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::known::Item;
@@ -88,9 +88,60 @@ pub(super) struct Reservation {
 #[derive(Clone, Debug)]
 pub(super) struct Run {
     pub item: Arc<Item>,
+    /// Nodes that it is on; the same one may be there twice.
+    pub nodes: Arc<[u32]>,
     pub end_ms: u64,
     /// Whether the end is more than a guess.
     pub known: bool,
+}
+
+/// Runs by node: those of the beginning of the cycle one node after the other in one list, and those
+/// that started since.
+#[derive(Clone, Debug, Default)]
+struct ByNode {
+    /// Where a node's begin; the next one's end.
+    begins: Vec<u32>,
+    runs: Vec<u32>,
+    started: BTreeMap<u32, Vec<u32>>,
+}
+
+impl ByNode {
+    fn of(runs: &[Run]) -> Self {
+        let nodes = runs.iter().flat_map(|run| run.nodes.iter()).max().map_or(0, |most| *most as usize + 1);
+        let mut begins = vec![0; nodes + 1];
+        for node in runs.iter().flat_map(|run| run.nodes.iter()) {
+            begins[*node as usize + 1] += 1;
+        }
+        for node in 0..nodes {
+            begins[node + 1] += begins[node];
+        }
+        let mut next = begins.clone();
+        let mut list = vec![0; begins[nodes] as usize];
+        for (run, at) in runs.iter().zip(0..) {
+            for node in run.nodes.iter() {
+                let next = &mut next[*node as usize];
+                list[*next as usize] = at;
+                *next += 1;
+            }
+        }
+        Self { begins, runs: list, started: BTreeMap::new() }
+    }
+
+    fn started(&mut self, run: u32, nodes: &[u32]) {
+        for node in nodes {
+            self.started.entry(*node).or_default().push(run);
+        }
+    }
+
+    fn on(&self, node: u32) -> impl Iterator<Item = u32> {
+        let at = node as usize;
+        let bounds = self.begins.get(at).zip(self.begins.get(at + 1));
+        let runs = bounds.map_or(&[][..], |(from, to)| &self.runs[*from as usize..*to as usize]);
+        let started = self.started.get(&node).map_or(&[][..], Vec::as_slice);
+        let mut last = None;
+        // One that has several tasks on the node may be there several times, one after the other.
+        runs.iter().chain(started).copied().filter(move |run| last.replace(*run) != Some(*run))
+    }
 }
 
 /// See the module.
@@ -99,8 +150,8 @@ pub(super) struct Rooms {
     pub now_ms: u64,
     pub runs: Vec<Run>,
     /// By end, and by node: made when first needed.
-    order: BTreeSet<(u64, u32)>,
-    by_node: Vec<Vec<u32>>,
+    order: Vec<(u64, u32)>,
+    by_node: Option<ByNode>,
     pub reservations: Vec<Reservation>,
     reserved: BTreeMap<u32, Vec<usize>>,
     view: Overlay,
@@ -112,8 +163,8 @@ impl Rooms {
         Self {
             now_ms,
             runs,
-            order: BTreeSet::new(),
-            by_node: Vec::new(),
+            order: Vec::new(),
+            by_node: None,
             reservations: Vec::new(),
             reserved: BTreeMap::new(),
             view: Overlay::default(),
@@ -122,40 +173,34 @@ impl Rooms {
     }
 
     /// Runs by the time of their end.
-    pub fn by_end(&mut self, cluster: &Cluster) -> &BTreeSet<(u64, u32)> {
-        self.index(cluster);
+    pub fn by_end(&mut self) -> &[(u64, u32)] {
+        self.index();
+        if self.order.len() < self.runs.len() {
+            let new = self.order.len()..self.runs.len();
+            self.order.extend(new.map(|at| (self.runs[at].end_ms, at as u32)));
+            // Nearly all are in their order already, which this sort makes use of.
+            self.order.sort();
+        }
         &self.order
     }
 
-    fn index(&mut self, cluster: &Cluster) {
-        if !self.by_node.is_empty() {
-            return;
-        }
-        self.by_node = vec![Vec::new(); cluster.nodes().len()];
-        for at in 0..self.runs.len() {
-            self.index_one(cluster, at);
-        }
+    fn index(&mut self) {
+        self.by_node.get_or_insert_with(|| ByNode::of(&self.runs));
     }
 
-    fn index_one(&mut self, cluster: &Cluster, at: usize) {
-        let run = &self.runs[at];
-        let at = at as u32;
-        self.order.insert((run.end_ms, at));
-        for place in cluster.running().get(&run.item.gang.id).iter().flat_map(|running| &running.tasks) {
-            let on_node = &mut self.by_node[place.node as usize];
-            if on_node.last() != Some(&at) {
-                on_node.push(at);
-            }
-        }
+    /// Runs on a node, in the order in which they are known.
+    fn on_node(&self, node: u32) -> impl Iterator<Item = &Run> {
+        let runs = self.by_node.iter().flat_map(move |by_node| by_node.on(node));
+        runs.map(|at| &self.runs[at as usize])
     }
 
     /// A gang started, on the cluster as it was shown.
     pub fn started(&mut self, cluster: &Cluster, run: Run, places: &[TaskPlace]) {
         self.view.took(cluster, &run.item.gang, places);
-        self.runs.push(run);
-        if !self.by_node.is_empty() {
-            self.index_one(cluster, self.runs.len() - 1);
+        if let Some(by_node) = &mut self.by_node {
+            by_node.started(self.runs.len() as u32, &run.nodes);
         }
+        self.runs.push(run);
     }
 
     /// What is really free of a node, whatever is shown.
@@ -214,6 +259,11 @@ impl Rooms {
         starts.filter(|from| *from < until_ms).max().unwrap_or(0)
     }
 
+    /// The same, with a time that is asked for only if it matters.
+    pub fn class_of(&self, until_ms: impl FnOnce() -> u64) -> u64 {
+        if self.reservations.iter().all(|one| one.firm) { 0 } else { self.class(until_ms()) }
+    }
+
     /// Shows on the cluster what a gang may take that runs until then; `own` is the gang whose own
     /// reservation does not count.
     pub fn show(&mut self, cluster: &mut Cluster, until_ms: u64, own: Option<&str>) {
@@ -224,7 +274,7 @@ impl Rooms {
         }
         self.hide(cluster);
         if !self.reserved.is_empty() {
-            self.index(cluster);
+            self.index();
         }
         let nodes: Vec<u32> = self.reserved.keys().copied().collect();
         for node in nodes {
@@ -266,8 +316,7 @@ impl Rooms {
         let firm = reserved.iter().any(|reservation| reservation.firm);
         let until_ms = if firm { FOREVER } else { until_ms };
         let mut changes: Vec<(u64, bool, &Gang, &TaskPlace)> = Vec::new();
-        for &at in self.by_node.get(node as usize).into_iter().flatten() {
-            let run = &self.runs[at as usize];
+        for run in self.on_node(node) {
             let tasks = cluster.running().get(&run.item.gang.id).map(|running| running.tasks.as_slice());
             let here = tasks.unwrap_or_default().iter().filter(|place| place.node == node);
             if run.end_ms <= from_ms {
@@ -305,16 +354,13 @@ impl Rooms {
 
     /// Times at which room may come free on a node.
     pub fn ends_on(&self, node: u32) -> impl Iterator<Item = u64> {
-        let runs = self.by_node.get(node as usize).into_iter().flatten();
         let reserved = self.reserved.get(&node).into_iter().flatten();
-        runs.map(|&at| self.runs[at as usize].end_ms)
-            .chain(reserved.map(|&at| self.reservations[at].until_ms))
+        self.on_node(node).map(|run| run.end_ms).chain(reserved.map(|&at| self.reservations[at].until_ms))
     }
 
     /// The run on a node that ends at that time.
     pub fn ending_on(&self, node: u32, end_ms: u64) -> Option<&Run> {
-        let runs = self.by_node.get(node as usize).into_iter().flatten();
-        runs.map(|&at| &self.runs[at as usize]).find(|run| run.end_ms == end_ms)
+        self.on_node(node).find(|run| run.end_ms == end_ms)
     }
 
     /// The gang for which room is held that would have been enough for another.

@@ -135,7 +135,7 @@ pub(super) fn earliest(
     admits: &dyn Fn(&Node) -> bool,
 ) -> Option<Found> {
     rooms.hide(cluster);
-    rooms.by_end(cluster);
+    rooms.by_end();
     let mut overlay = Overlay::default();
     let found = search(rooms, cluster, placer, gang, admits, &mut overlay);
     overlay.restore(cluster);
@@ -166,12 +166,12 @@ fn search(
         on_reserved(rooms, cluster, overlay, node, now);
     }
     let mut counts = Counts::now(cluster, gang, gang.tasks.min, admits);
-    let ends: Vec<(u64, u32)> = rooms.by_end(cluster).iter().copied().collect();
+    let ends = rooms.by_end().to_vec();
     let mut next = (ends.iter().peekable(), reserved.iter().peekable());
     let (mut at, mut tries, mut skip, mut last) = (now, 0, 0, None::<u32>);
     loop {
         if counts.domains_enough > 0 && skip == 0 {
-            if let Ok(tasks) = placer.place(cluster, gang, gang.tasks.min, admits) {
+            if let Some(tasks) = placer.seek(cluster, gang, gang.tasks.min, admits) {
                 overlay.undo(cluster, gang, &tasks);
                 let run = last.map(|last| &rooms.runs[last as usize]);
                 return Some(Found {
@@ -226,7 +226,7 @@ pub(super) fn recheck(
     admits: &dyn Fn(&Node) -> bool,
 ) -> Option<Found> {
     rooms.hide(cluster);
-    rooms.by_end(cluster);
+    rooms.by_end();
     let gang = &*reservation.gang;
     let last = reservation.tasks.iter().map(|place| place.node as usize).max()?;
     if last >= cluster.nodes().len() || room::names(cluster, &reservation.tasks) != reservation.names {

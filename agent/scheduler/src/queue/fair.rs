@@ -84,6 +84,16 @@ impl Ledger {
         self.have.extend(have);
     }
 
+    /// All that counts of what was had, and the time that it was counted to.
+    pub fn all(&self) -> (u64, impl Iterator<Item = ((u32, u32), Fractions)>) {
+        (self.at_ms.unwrap_or_default(), self.had.iter().map(|(key, had)| (*key, *had)))
+    }
+
+    /// Goes on from what [`Ledger::all`] said.
+    pub fn restore(&mut self, at_ms: u64, had: impl IntoIterator<Item = ((u32, u32), Fractions)>) {
+        (self.at_ms, self.had) = (Some(at_ms), had.into_iter().collect());
+    }
+
     /// What it had, on average over time that fades.
     pub fn had(&self, key: (u32, u32)) -> Fractions {
         self.had.get(&key).copied().unwrap_or_default()

@@ -1,11 +1,10 @@
 //! States of nodes, with and without a task, and a memory of what they are worth.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 
 use super::super::fragmentation::Kind;
 use super::Ask;
-use crate::model::{Amount, Fold, GpuFree, GpuPlace};
+use crate::model::{Amount, Fold, GpuFree, GpuPlace, Printed};
 
 /// More values than this are forgotten all at once: a larger map is slower than measuring again.
 const MOST_VALUES: usize = 1 << 17;
@@ -14,32 +13,12 @@ const MOST_VALUES: usize = 1 << 17;
 /// free does not matter where all are alike.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Values<T> {
-    values: HashMap<u64, T, BuildHasherDefault<Same>>,
+    values: HashMap<u64, T, Printed>,
     /// By node: its state when it was last looked at, and what that is worth. Most nodes are as they
     /// were, and this is nearer than the map.
     nodes: Vec<(u64, Option<T>)>,
     /// What is free of the devices once the task is there; kept only to save allocations.
     after: Vec<GpuFree>,
-}
-
-/// Keys are hashes already.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Same(u64);
-
-impl Hasher for Same {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = Fold::mix(self.0, byte.into());
-        }
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = value;
-    }
 }
 
 impl<T: Copy> Values<T> {

@@ -13,7 +13,7 @@ use lathe_api::MemorySize;
 use lathe_api::client::{Client, ClientIdentity, ClientOptions};
 use lathe_api::job::{IsolationClass, TaskExit, TaskState};
 use lathe_api::node::{Cpus, Inventory, JoinRequest, NodeReport, REPORT_INTERVAL_MS, SandboxStatus};
-use lathe_api::sandbox::{Desired, NodeDesired, SandboxSpec};
+use lathe_api::sandbox::{Desired, SandboxSpec};
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::Notify;
 
@@ -78,9 +78,11 @@ pub async fn live(client: Client, mut report: NodeReport, run: Duration, seen: &
     let changed = Notify::new();
     let watching = async {
         loop {
-            if let Ok(mut stream) = client.watch_desired(None).await {
-                while let Some(Ok(desired)) = stream.next().await {
-                    lock(&sandboxes).take(&desired, run, seen);
+            if let Ok(mut stream) = client.watch_desired().await {
+                while let Some(Ok(update)) = stream.next().await {
+                    // It has no network to set up.
+                    let Some(wanted) = update.sandboxes else { continue };
+                    lock(&sandboxes).take(&wanted, run, seen);
                     changed.notify_one();
                 }
             }
@@ -111,12 +113,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Sandboxes {
     /// Starts what should run and is not known, stops what should stop, forgets what is not desired.
-    fn take(&mut self, desired: &NodeDesired, run: Duration, seen: &Seen) {
-        check(&desired.sandboxes, seen);
-        let wanted: BTreeSet<&str> = desired.sandboxes.iter().map(|spec| spec.id.as_str()).collect();
+    fn take(&mut self, desired: &[SandboxSpec], run: Duration, seen: &Seen) {
+        check(desired, seen);
+        let wanted: BTreeSet<&str> = desired.iter().map(|spec| spec.id.as_str()).collect();
         self.known.retain(|id, _| wanted.contains(id.as_str()));
         let now = Instant::now();
-        for spec in &desired.sandboxes {
+        for spec in desired {
             match (self.known.get_mut(&spec.id), spec.desired) {
                 (None, Desired::Running) => {
                     lock(&seen.started).entry(spec.job.clone()).or_insert(now);
