@@ -284,6 +284,7 @@ mod tests {
             subnet: "10.0.0.0/24".to_owned(),
             routes: vec![route("10.0.1.0/24", "a"), route("10.0.2.0/24", "b")],
             tenants: vec![addresses("red", &["10.0.0.2"]), addresses("blue", &["10.0.1.2"])],
+            served: Vec::new(),
         };
         let changes = NetworkChanges {
             routes: vec![route("10.0.2.0/24", "c"), route("10.0.3.0/24", "d")],
@@ -301,11 +302,13 @@ mod tests {
         let first = DesiredUpdate {
             revision: 1,
             network: Some(network),
+            services: Some(Vec::new()),
             sandboxes: Some(Vec::new()),
             ..DesiredUpdate::default()
         };
         let first = NodeDesired::follow(None, first).expect("whole");
         let mut second = NodeDesired::follow(Some(first), change).expect("it follows");
+        assert_eq!(second.services, Some(Vec::new()), "not told again");
         let network = second.network.clone().expect("known");
         assert_eq!(network.routes, [route("10.0.2.0/24", "c"), route("10.0.3.0/24", "d")]);
         assert_eq!(network.tenants, [addresses("red", &["10.0.2.2"])]);

@@ -14,6 +14,7 @@ use super::planning::Planning;
 use super::{jobs, nodes};
 use crate::coordinator::{Coordinator, OpenError, Options};
 use crate::init::{InitOptions, init};
+use crate::provider::registry::Programs;
 use crate::records::{ALIVE, IMAGES, JobRecord, Owned, put};
 use crate::store::{
     Entry, LeaseId, Listing, Outcome, Revision, Store, StoreError, Transaction, Watch, WatchError, Write,
@@ -88,6 +89,7 @@ async fn coordinator(dir: &std::path::Path) -> (Coordinator, Arc<LosesNode>) {
         node_expiry: Duration::from_secs(3600),
         log_limit_bytes: 1 << 20,
         blob_limit_bytes: 1 << 20,
+        providers: Programs::default(),
     };
     // The store is released a moment after the cluster was made.
     let mut tries = 0;
@@ -118,7 +120,8 @@ async fn node(coordinator: &Coordinator, name: &str, cpus: u32) {
         classes: vec![IsolationClass::Microvm],
         ..Inventory::default()
     };
-    let report = NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: vec![] };
+    let report =
+        NodeReport { address: "127.0.0.1".to_owned(), inventory, sandboxes: vec![], services: vec![] };
     observe::report(coordinator, name, &report).await.expect("reported");
 }
 
