@@ -241,15 +241,15 @@ impl Contents {
             if self.sandboxes.get(&sandbox) == now.as_ref() {
                 continue;
             }
-            if let Some((tenant, address)) = self.sandboxes.remove(&sandbox) {
-                if let Some(addresses) = self.addresses.get_mut(&tenant) {
-                    addresses.remove(&address);
-                    let left = addresses.len();
-                    if left == 0 {
-                        self.addresses.remove(&tenant);
-                    }
-                    self.addresses_changed.entry(tenant).or_default().add(revision, &address, left);
+            if let Some((tenant, address)) = self.sandboxes.remove(&sandbox)
+                && let Some(addresses) = self.addresses.get_mut(&tenant)
+            {
+                addresses.remove(&address);
+                let left = addresses.len();
+                if left == 0 {
+                    self.addresses.remove(&tenant);
                 }
+                self.addresses_changed.entry(tenant).or_default().add(revision, &address, left);
             }
             if let Some((tenant, address)) = now {
                 let addresses = self.addresses.entry(tenant.clone()).or_default();
