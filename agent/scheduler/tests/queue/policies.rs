@@ -1,6 +1,6 @@
 //! What each policy does with a few gangs that a reader can follow.
 
-use lathe_scheduler::model::{Amount, Gang};
+use lathe_scheduler::model::{Amount, Cluster, Gang};
 use lathe_scheduler::policy::{Backfill, Pool, Queue, Quota, Settings, Share, Tenant, Weight};
 
 use crate::world::{Job, World, gang, nodes, pool, settings};
@@ -114,6 +114,36 @@ fn an_impossible_gang_holds_nobody_back() {
         assert_eq!(order(&world), ["fine"]);
         assert_eq!(world.why("impossible").expected_ms, None);
     }
+}
+
+#[test]
+fn a_reason_stays_the_same_for_a_minute_unless_a_node_changes() {
+    let jobs = vec![
+        Job::exact(gang("runs", 1, 2), 0, 60 * MIN),
+        Job::exact(gang("waits", 1, 4), 0, 10 * MIN),
+        Job::exact(gang("beside", 1, 1), MIN / 2, 10 * MIN),
+    ];
+    let mut world = World::new(settings(Queue::FirstComeFirstServed, Backfill::Easy), nodes(1, 4), jobs);
+    let free = |world: &World| world.why("waits").reason.to_string();
+    let says = |count: u32| format!("needs 4 GPUs, the largest number free on one node is {count}");
+    world.run(0);
+    assert_eq!(free(&world), says(2));
+    world.run(MIN / 2);
+    assert!(world.started.contains_key("beside"));
+    assert_eq!(free(&world), says(2), "how much is free changes all the time");
+    world.advance(MIN);
+    assert_eq!(free(&world), says(1), "not for ever");
+    world.advance(11 * MIN);
+    assert_eq!((world.ended.contains_key("beside"), free(&world)), (true, says(2)));
+    // Whoever repaired a node wants to read what came of it.
+    let jobs = vec![Job::exact(gang("waits", 1, 2), 0, MIN)];
+    let mut world = World::new(settings(Queue::FirstComeFirstServed, Backfill::Easy), nodes(1, 0), jobs);
+    let says = |most: u32| format!("needs 2 GPUs, the most that a ready node can give is {most}");
+    world.run(0);
+    assert_eq!(world.why("waits").reason.to_string(), says(0));
+    world.cluster = Cluster::new(nodes(1, 1));
+    world.advance(1_000);
+    assert_eq!(world.why("waits").reason.to_string(), says(1));
 }
 
 fn shares(gpus: u64) -> Share {

@@ -30,8 +30,8 @@ use crate::queue::estimate::Estimator;
 use crate::queue::fair::Ledger;
 pub(in crate::planner) use refused::Refused;
 
-/// For so long a shortage is said in the same words, milliseconds, unless its kind changes: how much
-/// is free changes all the time, and is what nobody waits for.
+/// For so long a shortage is said in the same words, milliseconds, unless its kind or a node changes: how
+/// much is free changes all the time, and is what nobody waits for.
 const SAME_WORDS_MS: u64 = 60_000;
 
 /// What came of a gang.
@@ -71,6 +71,13 @@ struct Words {
     /// When the reason was last looked for, and on which nodes.
     looked_ms: u64,
     nodes: u64,
+}
+
+impl Words {
+    /// Whether they are said again while the nodes are these.
+    fn hold(&self, now_ms: u64, nodes: u64) -> bool {
+        self.nodes == nodes && now_ms < self.since_ms.saturating_add(SAME_WORDS_MS)
+    }
 }
 
 impl Shapes {

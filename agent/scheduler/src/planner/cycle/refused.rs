@@ -4,7 +4,7 @@ use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Cycle, Outcome, SAME_WORDS_MS, Words, admits};
+use super::{Cycle, Outcome, Words, admits};
 use crate::model::{Node, Share as GpuShare};
 use crate::placement::Shortage;
 use crate::planner::known::{Hardness, Item};
@@ -85,18 +85,27 @@ impl Cycle<'_> {
         }
         if let Some(failed) = self.refused.easier(&waiter.item, *class)
             // For its own words it is tried, unless they are known.
-            && let Some(words) = self.shapes.words(waiter.shape)
+            && let Some(words) = self.known_words(waiter.shape)
         {
             let outcome = Outcome::Shortage(Arc::clone(words));
             self.refused.shapes[waiter.shape as usize].easier = Some((failed, outcome.clone()));
             return Some(outcome);
         }
         if self.too_few(&waiter.item)
-            && let Some(words) = self.shapes.words(waiter.shape)
+            && let Some(words) = self.known_words(waiter.shape)
         {
             return Some(Outcome::Shortage(Arc::clone(words)));
         }
         (self.refused.count >= MOST_FAILURES).then_some(Outcome::Unseen)
+    }
+
+    /// The words that are said of a shape without a look at nodes: as long as they hold, and when no more
+    /// looks are to be had in this cycle.
+    fn known_words(&self, shape: u32) -> Option<&Arc<Shortage>> {
+        let known = self.shapes.0[shape as usize].words.as_ref()?;
+        let many = self.cluster.nodes().len() > MANY_NODES;
+        let spent = self.refused.count >= MOST_FAILURES || many && self.looks >= MOST_LOOKS;
+        (spent || known.hold(self.now, self.cluster.nodes_fingerprint())).then_some(&known.words)
     }
 
     /// Whether too few nodes have as many GPUs that nobody uses as the gang's tasks need, whatever else
@@ -151,7 +160,7 @@ impl Cycle<'_> {
         let known = &mut self.shapes.0[item.shape as usize].words;
         let same = known.take().filter(|known| {
             std::mem::discriminant(&*known.words) == std::mem::discriminant(&shortage)
-                && now < known.since_ms.saturating_add(SAME_WORDS_MS)
+                && known.hold(now, nodes)
         });
         let (words, since_ms) =
             same.map_or_else(|| (Arc::new(shortage), now), |known| (known.words, known.since_ms));
