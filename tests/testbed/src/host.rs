@@ -44,7 +44,6 @@ impl Host {
         let base = image::base()?;
         let (number, directory, storage) = bed.admit(&description.name)?;
         let at = Places {
-            qemu: image::qemu()?,
             kernel: image::kernel(&base, &description)?,
             initramfs: storage.join("initramfs"),
             disk: storage.join("disk"),
@@ -100,7 +99,7 @@ impl Host {
         for socket in [self.at.exec_socket(), self.at.qmp_socket()] {
             let _ = fs::remove_file(socket);
         }
-        let mut command = self.bed.network_command(&self.at.qemu.to_string_lossy());
+        let mut command = self.bed.network_command("qemu-system-x86_64");
         command.args(qemu::arguments(&self.description, &self.at));
         let log = self.qemu_log();
         let file = File::create(&log).map_err(Error::file(&log))?;

@@ -108,20 +108,6 @@ pub(crate) fn base() -> Result<PathBuf, ImageError> {
     Ok(BASE.get_or_init(|| base).clone())
 }
 
-/// The QEMU that hosts run on: this machine's, without the fault that makes guests get an interrupt twice (README.md,
-/// "What to know"). One that cannot be mended is used as it is, which is said once a process.
-pub(crate) fn qemu() -> Result<PathBuf, ImageError> {
-    static QEMU: OnceLock<PathBuf> = OnceLock::new();
-    if let Some(qemu) = QEMU.get() {
-        return Ok(qemu.clone());
-    }
-    let directory = build(&repository().join("tests/testbed/mend-qemu"), &[])?;
-    if !directory.join("mended").exists() {
-        eprintln!("testbed: QEMU is used as it is: guests may get an interrupt twice, and hang or crash");
-    }
-    Ok(QEMU.get_or_init(|| directory.join("bin/qemu-system-x86_64")).clone())
-}
-
 /// The image that a host boots.
 pub(crate) fn kernel(base: &Path, host: &HostDescription) -> Result<PathBuf, ImageError> {
     if let Some(kernel) = &host.kernel {

@@ -12,8 +12,6 @@ pub const OLDEST_MAJOR: u32 = 10;
 /// Files and addresses that the bed chose for one host.
 #[derive(Clone, Debug)]
 pub struct Places {
-    /// The program.
-    pub qemu: PathBuf,
     /// bzImage.
     pub kernel: PathBuf,
     /// The archives, concatenated.
@@ -204,7 +202,6 @@ mod tests {
 
     fn places() -> Places {
         Places {
-            qemu: "/c/bin/qemu-system-x86_64".into(),
             kernel: "/c/vmlinuz".into(),
             initramfs: "/b/n1.cpio".into(),
             disk: "/b/n1.disk".into(),
