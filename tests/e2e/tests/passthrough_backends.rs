@@ -129,7 +129,7 @@ fn hung(host: &Host, backend: &str, edu: &str) {
     running.plug_edu(edu, 1).unwrap();
     host.power_slot(edu, false).unwrap();
     running.wait_for("unplugged", 1).unwrap();
-    assert!(running.device("unplug", &["edu", "--surprise"]).unwrap().status.success());
+    rounds::unplug(&running, &["edu", "--surprise"]).unwrap();
     assert_eq!(
         running.process.wait(PATIENCE).unwrap(),
         Some(Status::Exited(0)),

@@ -52,7 +52,11 @@ pub fn comes_and_goes(
     Ok(())
 }
 
-fn unplug(running: &Running<'_>, words: &[&str]) -> anyhow::Result<()> {
+/// Takes a device from a machine, in `words` of `lathe vm device unplug`.
+///
+/// # Errors
+/// When that fails, with what was said.
+pub fn unplug(running: &Running<'_>, words: &[&str]) -> anyhow::Result<()> {
     let output = running.device("unplug", words)?;
     let said = || format!("{}{}", output.text(), String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success(), "{}", said());
