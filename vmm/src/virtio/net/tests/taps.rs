@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
@@ -45,6 +46,21 @@ fn with_tap(multi_queue: bool, test: impl FnOnce() + Send + 'static) {
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
     assert!(status.success(), "ip {arguments}");
+}
+
+/// Waits until the kernel has seen that somebody holds the tap: it says so from a work queue, and drops
+/// what is sent before. A machine with much to do on its links lets it wait.
+fn wait_until_up() {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let link = Command::new("ip").args(["-o", "link", "show", "dev", "tap0"]).output().unwrap();
+        let link = String::from_utf8_lossy(&link.stdout).into_owned();
+        if link.contains("state UP") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the tap does not come up: {link}");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn config(queue_pairs: u8) -> NetworkConfig {
@@ -168,6 +184,7 @@ fn host_socket() -> UdpSocket {
 fn datagrams_go_both_ways_through_pauses_and_resets() {
     with_tap(false, || {
         let mut device = Net::new(NetParts::open(&config(1)).unwrap()).unwrap();
+        wait_until_up();
         let socket = host_socket();
         let port = socket.local_addr().unwrap().port();
         for round in 0..2_u8 {
@@ -205,6 +222,7 @@ fn pairs_are_used_as_the_driver_asks() {
         let mut device = Net::new(NetParts::open(&config(2)).unwrap()).unwrap();
         assert_eq!(device.queue_sizes().len(), 5);
         assert_eq!(device.features() >> VIRTIO_NET_F_MQ & device.features() >> VIRTIO_NET_F_CTRL_VQ & 1, 1);
+        wait_until_up();
         let mut guest = Guest::activate(&mut device);
         for queue in [0, 2] {
             guest.offer(queue, usize::from(QUEUE_SIZE));
