@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use crate::description::HostDescription;
 use crate::error::Error;
 use crate::host::Host;
+use crate::image;
 use crate::netns::Namespace;
 use crate::process::ProcessId;
-use crate::qemu::OLDEST_MAJOR;
 
 /// Hosts have the addresses 10.88.0.11 to .210.
 const MOST_HOSTS: u8 = 200;
@@ -78,7 +78,7 @@ impl Bed {
     /// Makes an empty bed with a name of its own, after removing what dead harnesses left.
     ///
     /// # Errors
-    /// When the machine lacks QEMU, or the caller the privileges.
+    /// When QEMU cannot be had, or the caller lacks the privileges.
     pub fn new() -> Result<Self, Error> {
         static COUNT: AtomicU32 = AtomicU32::new(1);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -309,12 +309,6 @@ fn check_machine() -> Result<(), Error> {
     if !geteuid().is_root() {
         return Err(Error::NotRoot);
     }
-    let output = Command::new("qemu-system-x86_64").arg("--version").output().map_err(|_| Error::NoQemu)?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let version = text.split_ascii_whitespace().skip_while(|word| *word != "version").nth(1).unwrap_or("0");
-    let major = version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
-    if major < OLDEST_MAJOR {
-        return Err(Error::OldQemu { found: version.into(), oldest: OLDEST_MAJOR });
-    }
+    image::qemu()?;
     Ok(())
 }

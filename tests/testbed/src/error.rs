@@ -12,17 +12,6 @@ use crate::netns::NetworkError;
 /// See the variants.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The machine lacks the emulator.
-    #[error("there is no qemu-system-x86_64 on this machine; run scripts/setup")]
-    NoQemu,
-    /// Its emulation of nested SVM is not good enough.
-    #[error("QEMU {found} is too old: hosts need {oldest} or later; run scripts/setup")]
-    OldQemu {
-        /// What is installed.
-        found: String,
-        /// What is needed.
-        oldest: u32,
-    },
     /// Network namespaces and taps take privileges.
     #[error("the testbed makes network namespaces and taps, which takes root; run it as root")]
     NotRoot,

@@ -44,6 +44,7 @@ impl Host {
         let base = image::base()?;
         let (number, directory, storage) = bed.admit(&description.name)?;
         let at = Places {
+            qemu: image::qemu()?.join("bin/qemu-system-x86_64"),
             kernel: image::kernel(&base, &description)?,
             initramfs: storage.join("initramfs"),
             disk: storage.join("disk"),
@@ -99,7 +100,7 @@ impl Host {
         for socket in [self.at.exec_socket(), self.at.qmp_socket()] {
             let _ = fs::remove_file(socket);
         }
-        let mut command = self.bed.network_command("qemu-system-x86_64");
+        let mut command = self.bed.network_command(&self.at.qemu.to_string_lossy());
         command.args(qemu::arguments(&self.description, &self.at));
         let log = self.qemu_log();
         let file = File::create(&log).map_err(Error::file(&log))?;

@@ -98,6 +98,20 @@ pub fn installed_files() -> Result<Vec<HostFile>, ImageError> {
     Ok(files)
 }
 
+/// The directory with the QEMU that hosts run on (`bin/qemu-system-x86_64`, its files below `root`),
+/// fetched where it is not in the cache.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn qemu() -> Result<PathBuf, ImageError> {
+    static QEMU: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(qemu) = QEMU.get() {
+        return Ok(qemu.clone());
+    }
+    let qemu = build(&repository().join("images/qemu/fetch"), &[])?;
+    Ok(QEMU.get_or_init(|| qemu).clone())
+}
+
 /// The directory with `vmlinux` and `base.cpio`, built once a process.
 pub(crate) fn base() -> Result<PathBuf, ImageError> {
     static BASE: OnceLock<PathBuf> = OnceLock::new();

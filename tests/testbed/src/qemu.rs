@@ -5,13 +5,11 @@ use std::path::{Path, PathBuf};
 use crate::description::{HostDescription, Iommu};
 use crate::pci::Lowering;
 
-/// The oldest QEMU that emulates nested SVM well enough: under 7.2 of Debian 12 guests
-/// double-fault or hang on block I/O.
-pub const OLDEST_MAJOR: u32 = 10;
-
 /// Files and addresses that the bed chose for one host.
 #[derive(Clone, Debug)]
 pub struct Places {
+    /// What starts QEMU.
+    pub qemu: PathBuf,
     /// bzImage.
     pub kernel: PathBuf,
     /// The archives, concatenated.
@@ -202,6 +200,7 @@ mod tests {
 
     fn places() -> Places {
         Places {
+            qemu: "/c/bin/qemu-system-x86_64".into(),
             kernel: "/c/vmlinuz".into(),
             initramfs: "/b/n1.cpio".into(),
             disk: "/b/n1.disk".into(),
