@@ -336,25 +336,41 @@ impl Placer {
         self.draws += 1;
         let drawn = Fold::mix(self.seed, self.draws);
         let costs = &self.tables[table].costs;
-        let (mut least, mut rank, mut chosen) = (f64::INFINITY, u64::MAX, None);
-        let mut look = |index: u32, cost: f64| {
-            if cost > least || cost == f64::INFINITY {
-                return;
+        let best = |nodes: &mut dyn Iterator<Item = (u32, f64)>| {
+            let (mut least, mut first, mut chosen) = (f64::INFINITY, u64::MAX, None);
+            for (index, cost) in nodes {
+                if cost > least || cost == f64::INFINITY {
+                    continue;
+                }
+                let rank = self.tie(drawn, index);
+                let better = cost < least || rank < first;
+                if better && self.allowed(cluster, table, request, index, switch) {
+                    (least, first, chosen) = (cost, rank, Some(index));
+                }
             }
-            let own = match self.ties {
-                Ties::Seeded => Fold::mix(drawn, index.into()),
-                Ties::ByName => self.ranks[index as usize].into(),
-            };
-            let better = cost < least || own < rank;
-            if better && self.allowed(cluster, table, request, index, switch) {
-                (least, rank, chosen) = (cost, own, Some(index));
-            }
+            chosen
         };
+        let mut all = (0..).zip(costs.iter().copied());
         match among {
-            Among::All => (0..).zip(costs).for_each(|(index, cost)| look(index, *cost)),
-            Among::Nodes(nodes) => nodes.iter().for_each(|&index| look(index, costs[index as usize])),
+            Among::All => {
+                // Most often a node of the very least cost is allowed, and no other need be looked at.
+                let least = shape::least(costs);
+                if least == f64::INFINITY {
+                    return None;
+                }
+                best(&mut all.clone().filter(|(_, cost)| *cost == least)).or_else(|| best(&mut all))
+            }
+            Among::Nodes(nodes) => best(&mut nodes.iter().map(|&index| (index, costs[index as usize]))),
         }
-        chosen
+    }
+
+    /// Of nodes of the same cost the one with the least is taken.
+    #[inline]
+    fn tie(&self, drawn: u64, index: u32) -> u64 {
+        match self.ties {
+            Ties::Seeded => Fold::mix(drawn, index.into()),
+            Ties::ByName => self.ranks[index as usize].into(),
+        }
     }
 
     /// Filters that depend on more than the shape and the node's state.
