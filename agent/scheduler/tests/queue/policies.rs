@@ -1,6 +1,7 @@
 //! What each policy does with a few gangs that a reader can follow.
 
-use lathe_scheduler::model::{Amount, Cluster, Gang};
+use lathe_scheduler::model::{Amount, Cluster, Constraint, Gang, Operator};
+use lathe_scheduler::plan::Reason;
 use lathe_scheduler::policy::{Backfill, Pool, Queue, Quota, Settings, Share, Tenant, Weight};
 
 use crate::world::{Job, World, gang, nodes, pool, settings};
@@ -219,4 +220,26 @@ fn fair_shares_follow_the_weights_and_remember_what_was_had() {
     let had = |tenant: &str| world.starts.iter().filter(|(_, id, _)| id.starts_with(tenant)).count() as f64;
     let ratio = had("b") / had("a");
     assert!((2.7..3.3).contains(&ratio), "{ratio}");
+}
+
+#[test]
+fn behind_more_shapes_than_a_cycle_tries_each_is_tried_in_turn() {
+    // On so many nodes 128 shapes that find no room may be tried in a cycle.
+    let elsewhere = |index: u64| {
+        let operator = Operator::In(vec![format!("site-{index}")]);
+        let constraints = vec![Constraint { label: "site".to_owned(), operator }];
+        Gang { constraints, ..gang(&format!("elsewhere-{index:03}"), 1, 1) }
+    };
+    let mut jobs: Vec<Job> = (0..300).map(|index| Job::exact(elsewhere(index), index, MIN)).collect();
+    jobs.push(Job::exact(gang("fits", 1, 1), 300, MIN));
+    let queue = settings(Queue::FirstComeFirstServed, Backfill::Easy);
+    let mut world = World::new(queue, nodes(5_000, 1), jobs);
+    let cycles = (0..10).find(|cycle| {
+        world.advance(1_000 * (cycle + 1));
+        world.started.contains_key("fits")
+    });
+    // Half of the tries go to the first each time: it takes (300 - 64) / 64 cycles, and they are told why.
+    assert_eq!(cycles, Some(3));
+    assert!(world.waiting.iter().all(|waiting| matches!(waiting.reason, Reason::Shortage(_))));
+    assert_eq!(world.waiting.len(), 300);
 }

@@ -52,10 +52,16 @@ pub(in crate::planner) enum Outcome {
 
 /// What the planner knows of shapes, by number, from the cycles before.
 #[derive(Clone, Debug, Default)]
-pub(in crate::planner) struct Shapes(Vec<OfShape>);
+pub(in crate::planner) struct Shapes {
+    list: Vec<OfShape>,
+    /// The number of the round ([`Cycle::end_round`]).
+    round: u64,
+}
 
 #[derive(Clone, Debug, Default)]
 struct OfShape {
+    /// One more than the round in which it was last tried in vain.
+    tried: u64,
     /// Why it has no room.
     words: Option<Words>,
     /// Since when it is known that it would not fit if nothing ran.
@@ -82,16 +88,24 @@ impl Words {
 
 impl Shapes {
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.list.clear();
     }
 
     /// There are so many now.
     pub fn resize(&mut self, count: usize) {
-        self.0.resize_with(count, OfShape::default);
+        self.list.resize_with(count, OfShape::default);
+    }
+
+    fn tried(&mut self, shape: u32) {
+        self.list[shape as usize].tried = self.round + 1;
+    }
+
+    fn is_tried(&self, shape: u32) -> bool {
+        self.list[shape as usize].tried > self.round
     }
 
     fn words(&self, shape: u32) -> Option<&Arc<Shortage>> {
-        self.0[shape as usize].words.as_ref().map(|known| &known.words)
+        self.list[shape as usize].words.as_ref().map(|known| &known.words)
     }
 }
 
@@ -141,6 +155,7 @@ impl Cycle<'_> {
         self.serve_queues();
         self.drain();
         self.grow();
+        self.end_round();
     }
 
     pub fn item(&self, index: usize) -> Arc<Item> {

@@ -9,16 +9,18 @@ use crate::model::{Node, Share as GpuShare};
 use crate::placement::Shortage;
 use crate::planner::known::{Hardness, Item};
 
-/// Shapes that may fail in a cycle before the rest of the queues is left for the next: each costs a
-/// look at all nodes.
-const MOST_FAILURES: usize = 64;
+/// Looks at nodes that shapes may cost which find no room in a cycle, each one at all nodes; but so many
+/// shapes may fail in any case. The rest is left for the cycles that follow.
+const MOST_NODE_LOOKS: usize = 640_000;
+const LEAST_FAILURES: usize = 64;
 /// With more nodes than this a reason that is known is not looked for in each cycle, unless the nodes
 /// themselves are other ones: that takes a look at all of them.
 const MANY_NODES: usize = 1024;
 /// So long it is taken for true then, milliseconds.
 const LOOK_AGAIN_MS: u64 = 5_000;
-/// Known reasons that are looked for again in a cycle.
+/// Known reasons that are looked for again in a cycle, with many nodes and with few.
 const MOST_LOOKS: usize = 2;
+const MOST_LOOKS_AT_FEW: usize = 64;
 
 /// Shapes that found no room in this cycle.
 #[derive(Clone, Debug, Default)]
@@ -27,7 +29,11 @@ pub(in crate::planner) struct Refused {
     shapes: Vec<RefusedShape>,
     /// By family.
     families: BTreeMap<u32, Vec<(Hardness, u64)>>,
+    /// How many were tried, and how many may be.
     count: usize,
+    most: usize,
+    /// Some shape was left for later that was not tried in this round.
+    left: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -40,9 +46,15 @@ struct RefusedShape {
 }
 
 impl Refused {
-    /// There are so many shapes.
-    pub fn new(shapes: usize) -> Self {
-        Self { shapes: vec![RefusedShape::default(); shapes], ..Self::default() }
+    /// There are so many shapes, and nodes.
+    pub fn new(shapes: usize, nodes: usize) -> Self {
+        let most = (MOST_NODE_LOOKS / nodes.max(1)).max(LEAST_FAILURES);
+        Self { shapes: vec![RefusedShape::default(); shapes], most, ..Self::default() }
+    }
+
+    /// No more shapes are tried that are known to fail.
+    fn is_spent(&self) -> bool {
+        self.count >= self.most
     }
 
     fn add(&mut self, item: &Item, class: u64, outcome: Outcome) {
@@ -96,15 +108,43 @@ impl Cycle<'_> {
         {
             return Some(Outcome::Shortage(Arc::clone(words)));
         }
-        (self.refused.count >= MOST_FAILURES).then_some(Outcome::Unseen)
+        self.leave_for_later(waiter.shape)
+    }
+
+    /// Where more shapes fail than may be tried in a cycle, the first half of the tries goes to those whose
+    /// turn it is, and the rest to one after the other of all that follow: so in a few cycles, a *round*,
+    /// every shape is tried.
+    fn leave_for_later(&mut self, shape: u32) -> Option<Outcome> {
+        if self.refused.count < self.refused.most / 2 {
+            return None;
+        }
+        let tried_before = self.shapes.is_tried(shape);
+        let now = !self.refused.shapes[shape as usize].tried.is_empty();
+        if !self.refused.is_spent() && (now || !tried_before) {
+            return None;
+        }
+        self.refused.left |= !tried_before;
+        Some(Outcome::Unseen)
+    }
+
+    /// At the end of a cycle: a round is over when nothing was left for later.
+    pub(super) fn end_round(&mut self) {
+        if !self.refused.left {
+            self.shapes.round += 1;
+        }
+    }
+
+    /// No more reasons that are known are looked for again in this cycle.
+    fn looked_enough(&self) -> bool {
+        let many = self.cluster.nodes().len() > MANY_NODES;
+        self.looks >= if many { MOST_LOOKS } else { MOST_LOOKS_AT_FEW }
     }
 
     /// The words that are said of a shape without a look at nodes: as long as they hold, and when no more
     /// looks are to be had in this cycle.
     fn known_words(&self, shape: u32) -> Option<&Arc<Shortage>> {
-        let known = self.shapes.0[shape as usize].words.as_ref()?;
-        let many = self.cluster.nodes().len() > MANY_NODES;
-        let spent = self.refused.count >= MOST_FAILURES || many && self.looks >= MOST_LOOKS;
+        let known = self.shapes.list[shape as usize].words.as_ref()?;
+        let spent = self.refused.is_spent() || self.looked_enough();
         (spent || known.hold(self.now, self.cluster.nodes_fingerprint())).then_some(&known.words)
     }
 
@@ -127,6 +167,7 @@ impl Cycle<'_> {
             None => Outcome::Shortage(self.words(item, pool, until)),
         };
         self.refused.add(item, class, outcome.clone());
+        self.shapes.tried(item.shape);
         outcome
     }
 
@@ -145,10 +186,9 @@ impl Cycle<'_> {
     fn words(&mut self, item: &Item, pool: usize, until: u64) -> Arc<Shortage> {
         let nodes = self.cluster.nodes_fingerprint();
         let many = self.cluster.nodes().len() > MANY_NODES;
-        let known = &self.shapes.0[item.shape as usize].words;
-        if let Some(known) = known.as_ref().filter(|_| many) {
+        if let Some(known) = &self.shapes.list[item.shape as usize].words {
             let lately = known.nodes == nodes && self.now < known.looked_ms.saturating_add(LOOK_AGAIN_MS);
-            if lately || self.looks >= MOST_LOOKS {
+            if many && lately || self.looked_enough() {
                 return Arc::clone(&known.words);
             }
             self.looks += 1;
@@ -157,7 +197,7 @@ impl Cycle<'_> {
         let admits = |node: &Node| admits(pools, pool, node, now, until);
         self.rooms.show(self.cluster, until, Some(&gang.id));
         let shortage = self.placers[pool].reason(self.cluster, gang, gang.tasks.min, &admits);
-        let known = &mut self.shapes.0[item.shape as usize].words;
+        let known = &mut self.shapes.list[item.shape as usize].words;
         let same = known.take().filter(|known| {
             std::mem::discriminant(&*known.words) == std::mem::discriminant(&shortage)
                 && known.hold(now, nodes)

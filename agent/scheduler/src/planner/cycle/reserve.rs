@@ -27,7 +27,7 @@ impl Cycle<'_> {
             (Some(found), Some(kept)) => found.from_ms > kept.from_ms && !(firm && kept.firm),
             _ => true,
         };
-        let impossible = &mut self.shapes.0[item.shape as usize].impossible;
+        let impossible = &mut self.shapes.list[item.shape as usize].impossible;
         let never = impossible.is_some_and(|since| now < since.saturating_add(SAME_WORDS_MS))
             || (late && !search::ever(self.cluster, gang, &admits));
         if late && !never && self.searches < MOST_SEARCHES {
