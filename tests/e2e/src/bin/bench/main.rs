@@ -1,4 +1,4 @@
-//! Benchmarks: each prints a table and writes `target/bench/NAME.json`, a list of records
+//! Benchmarks: each prints a table and writes `target/bench/NAME.json` (`NAME-PART.json` with parts), a list of records
 //! `{"metric", "subject", "value", "unit"}`. Peers run in the same host in the same run.
 //!
 //! Times are virtual: the host's clock advances one nanosecond an instruction, so they repeat to a
@@ -42,7 +42,9 @@ fn run() -> anyhow::Result<()> {
         _ => bail!("no benchmark {name:?}; there are boot, vfio, coordinator and scheduler"),
     };
     print(&records);
-    let path = record::write(&name, &records)?;
+    // Parts that run alone leave each other's figures.
+    let file = std::iter::once(name).chain(parts).collect::<Vec<_>>().join("-");
+    let path = record::write(&file, &records)?;
     println!("\n{} written", path.display());
     Ok(())
 }

@@ -13,7 +13,7 @@ pub struct Record {
     pub metric: String,
     /// Whose.
     pub subject: String,
-    /// The median over the runs.
+    /// The median over the runs, or their mean where it is said so.
     pub value: f64,
     /// Of `value`.
     pub unit: &'static str,
@@ -36,6 +36,12 @@ impl Record {
             range: [at(0), at(values.len().saturating_sub(1))],
             runs: values.len(),
         }
+    }
+
+    /// The mean of `values`, for what is compared by its sum.
+    pub fn mean_of(metric: &str, subject: &str, unit: &'static str, values: Vec<f64>) -> Self {
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        Self { value: mean, ..Self::of(metric, subject, unit, values) }
     }
 }
 

@@ -26,6 +26,10 @@ const QUEUED: [usize; 3] = [1_000, 10_000, 100_000];
 const NODE_GPUS: u32 = 8;
 /// Gangs that end, and come, before each cycle: at a cycle a second this is a busy cluster.
 const CHANGES: usize = 100;
+/// What cannot be more than there is room for is no measure of the planner: here so many end at once,
+/// with so many that wait.
+const BURST: usize = 1_000;
+const BURST_QUEUED: usize = 10_000;
 /// Cycles that are measured.
 const CYCLES: usize = 60;
 /// CPU time that a case may take before it has fewer cycles, seconds.
@@ -35,7 +39,7 @@ const PLACEMENTS: usize = 10_000;
 const ROUNDS: usize = 5;
 
 /// What can be asked for alone.
-const PARTS: [&str; 3] = ["rate", "philly", "openb"];
+const PARTS: [&str; 4] = ["rate", "philly", "estimates", "openb"];
 
 /// These parts of it; all if none is named.
 pub fn run(parts: &[String]) -> anyhow::Result<Vec<Record>> {
@@ -58,9 +62,10 @@ fn rates() -> anyhow::Result<Vec<Record>> {
         records.push(placements(nodes)?);
     }
     for nodes in NODES {
-        for queued in QUEUED {
-            eprintln!("bench: cycles over {nodes} nodes with {queued} gangs that wait");
-            records.extend(cycles(nodes, queued)?);
+        let cases = QUEUED.map(|queued| (queued, CHANGES));
+        for (queued, changes) in cases.into_iter().chain([(BURST_QUEUED, BURST)]) {
+            eprintln!("bench: cycles over {nodes} nodes with {queued} gangs that wait, {changes} end");
+            records.extend(cycles(nodes, queued, changes)?);
         }
     }
     Ok(records)
@@ -70,10 +75,10 @@ fn rates() -> anyhow::Result<Vec<Record>> {
 pub fn print(records: &[Record]) {
     let own: Vec<Record> =
         records.iter().filter(|record| !record.metric.contains(traces::MARK)).cloned().collect();
-    println!("{:<44}{:<28}{:>14}{:>14}{:>14}", "METRIC", "CASE", "VALUE", "SMALLEST", "LARGEST");
+    println!("{:<44}{:<38}{:>14}{:>14}{:>14}", "METRIC", "CASE", "VALUE", "SMALLEST", "LARGEST");
     for Record { metric, subject, value, unit, range, .. } in &own {
         let metric = format!("{metric} ({unit})");
-        println!("{metric:<44}{subject:<28}{value:>14.2}{:>14.2}{:>14.2}", range[0], range[1]);
+        println!("{metric:<44}{subject:<38}{value:>14.2}{:>14.2}{:>14.2}", range[0], range[1]);
     }
     traces::print(records);
 }
@@ -121,8 +126,9 @@ fn placements(nodes: u32) -> anyhow::Result<Record> {
     Ok(Record::of("placements of the default strategy", &format!("{nodes} nodes"), "per_s", rates))
 }
 
-/// Cycles of the planner with the default policies, and gangs of 1 to 32 GPUs.
-fn cycles(nodes: u32, queued: usize) -> anyhow::Result<Vec<Record>> {
+/// Cycles of the planner with the default policies, and gangs of 1 to 32 GPUs, of which so many end before
+/// each.
+fn cycles(nodes: u32, queued: usize, changes: usize) -> anyhow::Result<Vec<Record>> {
     let mut cluster = Cluster::new(equal_nodes(nodes, NODE_GPUS));
     let pool = Pool {
         queue: Queue::FirstComeFirstServed,
@@ -140,7 +146,7 @@ fn cycles(nodes: u32, queued: usize) -> anyhow::Result<Vec<Record>> {
     let first = cpu_seconds()? - before;
     let (mut times, mut starts, mut total) = (Vec::new(), 0, 0.0);
     while times.len() < CYCLES && (times.len() < 10 || total < CASE_S) {
-        source.end_some(&mut cluster);
+        source.end_some(&mut cluster, changes);
         for _ in 0..queued.saturating_sub(pending.len()) {
             pending.push(Arc::new(source.gang(4)));
         }
@@ -153,7 +159,7 @@ fn cycles(nodes: u32, queued: usize) -> anyhow::Result<Vec<Record>> {
         source.settle(&mut pending, &plan);
     }
     times.sort_by(f64::total_cmp);
-    let case = format!("{nodes} nodes, {queued} queued");
+    let case = format!("{nodes} nodes, {queued} queued, {changes} end");
     let one = |metric: &str, unit, value| Record::of(metric, &case, unit, vec![value]);
     let percentile = |part: f64| times[((times.len() - 1) as f64 * part).round() as usize];
     Ok(vec![
@@ -227,9 +233,9 @@ impl Source {
     }
 
     /// A second passes, in which some gangs end.
-    fn end_some(&mut self, cluster: &mut Cluster) {
+    fn end_some(&mut self, cluster: &mut Cluster, changes: usize) {
         self.now_ms += 1000;
-        for _ in 0..CHANGES.min(self.running.len()) {
+        for _ in 0..changes.min(self.running.len()) {
             let at = self.random.usize(0..self.running.len());
             cluster.end(&self.running.swap_remove(at));
         }

@@ -1,5 +1,5 @@
-//! Traces of real clusters, replayed: every queue policy on Philly's jobs, every placement on openb's
-//! pods beside what was published.
+//! Traces of real clusters, replayed: every queue policy on Philly's jobs, what estimates are worth
+//! there, and every placement on openb's pods beside what was published.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,10 @@ const LOADS: [f64; 3] = [0.7, 0.9, 1.1];
 /// Tenants that jobs are dealt to, and the seed.
 const TENANTS: u32 = 8;
 const SEED: u64 = 1;
+
+/// Seeds of the comparison of estimates, of which one says little: which of two long jobs goes first
+/// decides for all behind them.
+const ESTIMATE_SEEDS: [u64; 6] = [1, 2, 3, 4, 5, 6];
 
 /// Width of a figure in a table.
 const WIDTH: usize = 16;
@@ -56,9 +60,14 @@ pub fn run(parts: &[String]) -> anyhow::Result<Vec<Record>> {
         return Ok(Vec::new());
     };
     let mut records = Vec::new();
-    if wanted("philly") {
-        for path in lists(&folder.join("philly"), "")? {
-            records.extend(philly(&path)?);
+    for path in lists(&folder.join("philly"), "")? {
+        for (name, study) in studies(&path)? {
+            if wanted("philly") {
+                records.extend(policies(&name, &study));
+            }
+            if wanted("estimates") {
+                records.extend(estimates(&name, &study));
+            }
         }
     }
     if wanted("openb") {
@@ -92,12 +101,11 @@ fn stem(path: &Path) -> String {
     path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Every policy, with and without backfill, on clusters of each load.
-fn philly(path: &Path) -> anyhow::Result<Vec<Record>> {
+/// The jobs of a list on clusters of each load, and what to call them.
+fn studies(path: &Path) -> anyhow::Result<Vec<(String, Study)>> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let Work::Jobs(jobs) = trace::work(&path.display().to_string(), &bytes)? else { return Ok(Vec::new()) };
-    let mut records = Vec::new();
-    for load in LOADS {
+    let study = |load: f64| {
         let mut arrivals = Arrivals::Jobs(jobs.clone());
         let sized = Load::of(&arrivals);
         let nodes = scenario::equal_nodes(sized.nodes(load, scenario::NODE_GPUS), scenario::NODE_GPUS);
@@ -115,20 +123,49 @@ fn philly(path: &Path) -> anyhow::Result<Vec<Record>> {
             options: Options::default(),
         };
         study.leave_out_misfits();
-        let each = |(queue, estimates)| {
-            Backfill::NAMES.iter().map(move |&(_, backfill)| Choice {
-                queue,
-                backfill,
-                placement: Strategy::Balanced,
-                estimates,
-            })
+        (format!("{} {load}", stem(path)), study)
+    };
+    Ok(LOADS.map(study).into())
+}
+
+fn choice(queue: Queue, backfill: Backfill, estimates: Estimates) -> Choice {
+    Choice { queue, backfill, placement: Strategy::Balanced, estimates }
+}
+
+/// Every policy, with and without backfill, with perfect knowledge.
+fn policies(name: &str, study: &Study) -> Vec<Record> {
+    let each = |&(_, queue): &(&str, Queue)| {
+        Backfill::NAMES.iter().map(move |&(_, backfill)| choice(queue, backfill, Estimates::Perfect))
+    };
+    let choices: Vec<Choice> = Queue::NAMES.iter().flat_map(each).collect();
+    on_all_cores(name, &choices, |choice| row(study, choice, name)).into_iter().flatten().collect()
+}
+
+/// The policy that lives by estimates, with each kind of them: how far it is behind perfect knowledge.
+fn estimates(name: &str, study: &Study) -> Vec<Record> {
+    let kinds = [Estimates::Perfect, Estimates::User, Estimates::History];
+    let name = format!("{name}, {} seeds", ESTIMATE_SEEDS.len());
+    // Jobs that come together are one user's, which dealing them out would hide.
+    let study = Study { tenants: 0, ..study.clone() };
+    let mut records = Vec::new();
+    for backfill in [Backfill::Easy, Backfill::None] {
+        let choices = kinds.map(|kind| choice(Queue::ShortestJobFirst, backfill, kind));
+        let runs = on_all_cores(&name, &choices, |choice| {
+            let hours = |seed| study.run_once(choice, seed).figures().completion_s.mean / 3600.0;
+            let hours: Vec<f64> = ESTIMATE_SEEDS.into_iter().map(hours).collect();
+            vec![Record::mean_of(&format!("{name}{MARK}complete mean"), &subject(choice), "h", hours)]
+        });
+        let runs: Vec<Record> = runs.into_iter().flatten().collect();
+        let perfect = runs.first().map_or(f64::NAN, |record| record.value);
+        let behind = |record: &Record| {
+            let percent = (record.value / perfect - 1.0) * 100.0;
+            let metric = format!("{name}{MARK}behind perfect");
+            Record::mean_of(&metric, &record.subject, "percent", vec![percent])
         };
-        let choices: Vec<Choice> = choices().into_iter().flat_map(each).collect();
-        let name = format!("{} {load}", stem(path));
-        records
-            .extend(on_all_cores(&name, &choices, |choice| row(&study, choice, &name)).into_iter().flatten());
+        let behind: Vec<Record> = runs.iter().map(behind).collect();
+        records.extend(runs.into_iter().chain(behind));
     }
-    Ok(records)
+    records
 }
 
 /// Every placement on every list of pods by the published procedure, beside what was published.
@@ -202,16 +239,13 @@ fn figure(record: &Record) -> String {
     format!("{metric} {:.2} {}", record.value, record.unit)
 }
 
-/// Every policy with perfect knowledge, and the one that lives by estimates with the others, too.
-fn choices() -> Vec<(Queue, Estimates)> {
-    let perfect = Queue::NAMES.iter().map(|(_, queue)| (*queue, Estimates::Perfect));
-    let others = [Estimates::User, Estimates::History].map(|known| (Queue::ShortestJobFirst, known));
-    perfect.chain(others).collect()
+fn subject(choice: &Choice) -> String {
+    [choice.queue.name(), choice.backfill.name(), choice.estimates.name()].join(" ")
 }
 
 fn row(study: &Study, choice: &Choice, trace: &str) -> Vec<Record> {
     let figures = study.run(choice, &[SEED]);
-    let subject = [choice.queue.name(), choice.backfill.name(), choice.estimates.name()].join(" ");
+    let subject = subject(choice);
     let hours = |seconds: f64| seconds / 3600.0;
     [
         ("wait mean", "h", hours(figures.waiting_s.mean)),
