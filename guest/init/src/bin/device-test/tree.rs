@@ -11,7 +11,8 @@
 //! where the firmware names one.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 
 use crate::Failure;
 use crate::sysfs::{self, Device};
@@ -47,7 +48,7 @@ pub fn print() -> Result<(), Failure> {
 }
 
 fn function(device: &Device) -> Function {
-    let config = fs::read(device.path.join("config")).unwrap_or_default();
+    let config = configuration(device).unwrap_or_default();
     Function {
         address: device.address.clone(),
         id: device.id,
@@ -57,6 +58,14 @@ fn function(device: &Device) -> Function {
         // -1 means that the firmware names none.
         numa_node: device.text("numa_node").ok().and_then(|node| node.parse().ok()),
     }
+}
+
+/// The configuration space that is there without PCI Express. Each word of it is an exit to the VMM, and all of the
+/// extended one would be a thousand of them.
+fn configuration(device: &Device) -> std::io::Result<Vec<u8>> {
+    let mut config = Vec::new();
+    File::open(device.path.join("config"))?.take(256).read_to_end(&mut config)?;
+    Ok(config)
 }
 
 /// `/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0` from the host bridge on.
