@@ -188,7 +188,9 @@ impl Cycle<'_> {
         let many = self.cluster.nodes().len() > MANY_NODES;
         if let Some(known) = &self.shapes.list[item.shape as usize].words {
             let lately = known.nodes == nodes && self.now < known.looked_ms.saturating_add(LOOK_AGAIN_MS);
-            if many && lately || self.looked_enough() {
+            // With few nodes, half of the looks go to those whose turn it is, and the rest round all that follow.
+            let in_turn = !many && self.looks < MOST_LOOKS_AT_FEW / 2;
+            if lately && !in_turn || self.looked_enough() {
                 return Arc::clone(&known.words);
             }
             self.looks += 1;
