@@ -60,8 +60,8 @@ pub fn run(parts: &[String]) -> anyhow::Result<Vec<Record>> {
         return Ok(Vec::new());
     };
     let mut records = Vec::new();
-    for path in lists(&folder.join("philly"), "")? {
-        for (name, study) in studies(&path)? {
+    if wanted("philly") || wanted("estimates") {
+        for (name, study) in studies(&folder.join("philly"))? {
             if wanted("philly") {
                 records.extend(policies(&name, &study));
             }
@@ -101,8 +101,17 @@ fn stem(path: &Path) -> String {
     path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// The jobs of a list on clusters of each load, and what to call them.
-fn studies(path: &Path) -> anyhow::Result<Vec<(String, Study)>> {
+/// The jobs of each list of a folder on clusters of each load, and what to call them.
+fn studies(folder: &Path) -> anyhow::Result<Vec<(String, Study)>> {
+    let mut studies = Vec::new();
+    for path in lists(folder, "")? {
+        studies.extend(loads(&path)?);
+    }
+    Ok(studies)
+}
+
+/// The jobs of one list.
+fn loads(path: &Path) -> anyhow::Result<Vec<(String, Study)>> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let Work::Jobs(jobs) = trace::work(&path.display().to_string(), &bytes)? else { return Ok(Vec::new()) };
     let study = |load: f64| {
